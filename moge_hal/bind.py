@@ -1,0 +1,148 @@
+"""Who runs what: ties a configuration and its weights to a backend, operation by operation, and
+remembers why.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from moge_hal import ops
+from moge_hal.backend import Backend, Facts
+from moge_hal.config import Config
+from moge_hal.errors import UserError
+from moge_hal.model import Transformer, Weights
+from moge_hal.runtime import Model
+
+Mode = Literal["infer", "train"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which implementation an operation got, and why."""
+
+    op: str
+    implementation: str  # the backend's name, or "default"
+    reason: str
+
+
+def bind(
+    config: Config,
+    weights: Mapping[str, Tensor],
+    backend: Backend,
+    mode: Mode = "infer",
+    overrides: Mapping[str, str] | None = None,
+    *,
+    strict: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Model:
+    """A model that runs. weights: canonical name (see `model.py`) -> tensor, asked for one at a
+    time.
+
+    overrides: {operation: "default"}. strict: an operation that the backend overrides but cannot
+    serve is an error instead of a fallback. dtype: of the parameters, None = the backend's
+    preferred one.
+    """
+    dtype = check_dtype(backend, dtype)
+    if mode == "train" and backend.graph:
+        raise UserError(f"backend {backend.name!r} runs exported graphs and cannot train; use cpu")
+    bound, choices = bind_operations(backend, config, dtype, mode, overrides or {}, strict)
+    transformer = Transformer(config, bound, dtype)
+    _fill(
+        transformer,
+        weights,
+        bound,
+        mode,
+        dtype,
+        {c.op for c in choices if c.implementation != "default"},
+    )
+    transformer.train(mode == "train")
+    step = bound.compile(transformer, (), {}) if mode == "infer" else transformer
+    if mode == "train":
+        weights = dict(transformer.named_parameters())
+    return Model(config, bound, step, dtype, choices, weights)
+
+
+def check_dtype(backend: Backend, dtype: torch.dtype | None) -> torch.dtype:
+    """The parameter type to use, or a `UserError` if the backend does not compute in it."""
+    if dtype is not None and dtype not in backend.dtypes:
+        able = ", ".join(str(d).removeprefix("torch.") for d in backend.dtypes)
+        asked = str(dtype).removeprefix("torch.")
+        raise UserError(f"backend {backend.name!r} does not compute in {asked}; it does in {able}")
+    return dtype or backend.dtypes[0]
+
+
+def bind_operations(
+    backend: Backend,
+    config: Config,
+    dtype: torch.dtype,
+    mode: Mode,
+    overrides: Mapping[str, str],
+    strict: bool,
+) -> tuple[Backend, list[Choice]]:
+    """A copy of the backend in which every operation that it cannot serve is the default, and the
+    list of who serves what.
+    """
+    choices, fallbacks = [], {}
+    for op in ops.NAMES:
+        choice = _choose(
+            backend, Facts(op, dtype, mode == "train", config.sizes, config.route), overrides
+        )
+        choices.append(choice)
+        overridden = getattr(type(backend), op) is not getattr(Backend, op)
+        if choice.implementation == "default" and overridden:
+            fallbacks[op] = getattr(Backend, op)
+            if strict and op not in overrides:
+                raise UserError(
+                    f"MOGE_HAL_STRICT: {backend.name} cannot serve {op} ({choice.reason}); "
+                    f"allow the default with MOGE_HAL_OPS={op}=default, or unset MOGE_HAL_STRICT"
+                )
+    bound = copy.copy(backend)
+    # A subclass, so that composites, which call self, meet the fallback too.
+    bound.__class__ = type(type(backend).__name__, (type(backend),), fallbacks)
+    return bound, choices
+
+
+def _choose(backend: Backend, facts: Facts, overrides: Mapping[str, str]) -> Choice:
+    if facts.op in overrides:
+        return Choice(facts.op, "default", "asked for by MOGE_HAL_OPS")
+    if getattr(type(backend), facts.op) is getattr(Backend, facts.op):
+        return Choice(facts.op, "default", f"{backend.name} does not override it")
+    reason = backend.why_not(facts)
+    if reason is not None:
+        return Choice(facts.op, "default", reason)
+    return Choice(facts.op, backend.name, "the backend's own")
+
+
+def _fill(
+    transformer: Transformer,
+    weights: Mapping[str, Tensor],
+    backend: Backend,
+    mode: Mode,
+    dtype: torch.dtype,
+    own: set[str],
+) -> None:
+    """Replaces the skeleton's parameters, one at a time so that no more than one weight exists
+    twice.
+    """
+    device = backend.device()
+    for path, module in transformer.named_modules():
+        if not isinstance(module, Weights):
+            continue
+        for name, shape in [(n, tuple(p.shape)) for n, p in module.named_parameters(recurse=False)]:
+            weight = weights[f"{path}.{name}"].detach()
+            if tuple(weight.shape) != shape:
+                raise UserError(f"{path}.{name} has shape {tuple(weight.shape)}, must be {shape}")
+            weight = weight.to(device=device, dtype=dtype)
+            role = module.roles[name]
+            packed: Any = weight
+            if mode == "infer" and role.split(".")[0] in own:
+                packed = backend.pack(role, weight)
+            delattr(module, name)
+            if packed is weight:
+                packed = nn.Parameter(weight, requires_grad=mode == "train")
+            setattr(module, name, packed)
+    transformer.rotary.to(device)

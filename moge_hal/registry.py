@@ -1,0 +1,196 @@
+"""Which backends there are, which one runs, and why another does not.
+
+Backends are found by entry point (group `moge_hal.backends`); the core imports none of them. A
+backend that is not installed can be named `package.module:Class`. The environment is read here, in
+one function, and nowhere else.
+"""
+
+import importlib
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+from moge_hal import ops
+from moge_hal.backend import Backend, Probe
+from moge_hal.errors import UserError, close_matches
+
+GROUP = "moge_hal.backends"
+AUTOMATIC = (
+    "ascend",
+    "cuda",
+    "cpu",
+)  # what `auto` tries, in this order; a graph backend is never automatic
+
+
+class BackendError(UserError):
+    """A backend that was asked for cannot run; the message holds the table of all of them."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment says."""
+
+    backend: (
+        str  # MOGE_HAL_BACKEND: auto, a name, name:index, a,b (ordered), or package.module:Class
+    )
+    overrides: Mapping[str, str]  # MOGE_HAL_OPS: operation=default, separated by commas
+    strict: bool  # MOGE_HAL_STRICT=1: an operation that falls back to its default is an error
+    cache: Path  # MOGE_HAL_CACHE: where exports of plain checkpoints are kept
+
+
+def settings() -> Settings:
+    """Reads MOGE_HAL_BACKEND, MOGE_HAL_OPS, MOGE_HAL_STRICT and MOGE_HAL_CACHE."""
+    strict = os.environ.get("MOGE_HAL_STRICT", "0")
+    if strict not in ("", "0", "1"):
+        raise UserError(f"MOGE_HAL_STRICT = {strict!r} must be 0 or 1")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Settings(
+        backend=os.environ.get("MOGE_HAL_BACKEND") or "auto",
+        overrides=parse_overrides(os.environ.get("MOGE_HAL_OPS", "")),
+        strict=strict == "1",
+        cache=Path(os.environ.get("MOGE_HAL_CACHE") or home / "moge_hal"),
+    )
+
+
+def parse_overrides(text: str) -> dict[str, str]:
+    """`experts=default,linear=default` -> a dict; raises `UserError` for an unknown operation or
+    choice.
+    """
+    chosen = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        op, _, choice = part.partition("=")
+        if op not in ops.NAMES:
+            names, near = ", ".join(ops.NAMES), close_matches(op, ops.NAMES)
+            raise UserError(f"MOGE_HAL_OPS: no operation {op!r}; there are {names}.{near}")
+        if choice != "default":
+            raise UserError(f"MOGE_HAL_OPS: {part!r} must read {op}=default")
+        chosen[op] = choice
+    return chosen
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """One line of the doctor's table."""
+
+    name: str
+    probe: Probe
+    source: str  # the distribution or the import path that it comes from
+    graph: bool = False
+
+
+def backends() -> list[BackendInfo]:
+    """Every backend that is installed, probed here and now, in order of name."""
+    return [_inspect(name, points) for name, points in sorted(_entry_points().items())]
+
+
+def table(rows: list[BackendInfo] | None = None) -> str:
+    """The table that the doctor command, the error messages and the README show."""
+    lines = []
+    for row in backends() if rows is None else rows:
+        if row.probe.ok:
+            lines.append(f"  {row.name:8} ok   {row.probe.device}")
+        else:
+            lines.append(f"  {row.name:8} no   {row.probe.reason} Fix: {row.probe.fix}")
+    return "\n".join(lines) or "  (none is installed: run `pip install .` in the repository)"
+
+
+def get_backend(name: str | None = None) -> Backend:
+    """The backend of that name, ready to run; None = what MOGE_HAL_BACKEND says, `auto` if it says
+    nothing.
+
+    `auto` = ascend, cuda, cpu, the first that can run. `cuda:1` = that one or an error.
+    `ascend,cuda` = the first of these that can run. `package.module:Class` = a class that is not
+    installed. Raises `BackendError` with the reason and the fix for every backend.
+    """
+    wanted = name or settings().backend
+    if wanted == "auto":
+        choices = [n for n in AUTOMATIC if n in _entry_points()]
+    else:
+        choices = [part.strip() for part in wanted.split(",") if part.strip()]
+    if not choices:
+        raise BackendError(f"no backend in {wanted!r}; there are:\n{table()}")
+    refusals = []
+    for choice in choices:
+        backend = _create(choice)
+        probe = _probe(backend)
+        if probe.ok:
+            return backend
+        refusals.append(f"backend {choice!r} cannot run: {probe.reason} Fix: {probe.fix}")
+    raise BackendError("\n".join([*refusals, "The backends here:", table()]))
+
+
+def _entry_points() -> dict[str, list[EntryPoint]]:
+    """Entry points by backend name; more than one distribution may claim a name, which is an error
+    when it is used.
+    """
+    found: dict[str, dict[str, EntryPoint]] = defaultdict(dict)
+    for point in entry_points(group=GROUP):
+        # A clone on sys.path and an installed wheel are the same distribution seen twice.
+        found[point.name][point.dist.name if point.dist else point.value] = point
+    return {name: list(points.values()) for name, points in found.items()}
+
+
+def _inspect(name: str, points: list[EntryPoint]) -> BackendInfo:
+    source = ", ".join(p.dist.name if p.dist else p.value for p in points)
+    try:
+        backend = _load(name, points)
+    except BackendError as error:
+        return BackendInfo(name, Probe(False, f"{error}", "uninstall or mend it."), source)
+    return BackendInfo(name, _probe(backend), source, backend.graph)
+
+
+def _probe(backend: Backend) -> Probe:
+    try:
+        return backend.probe()
+    except (
+        Exception
+    ) as error:  # the contract forbids it, so it is the backend's fault and is reported as such
+        kind = type(backend)
+        fault = f"its probe raised {type(error).__name__}: {error}."
+        return Probe(
+            False, fault, f"report it to the author of {kind.__module__}:{kind.__qualname__}."
+        )
+
+
+def _create(choice: str) -> Backend:
+    base, _, suffix = choice.partition(":")
+    index = int(suffix) if suffix.isdigit() else None
+    if suffix and index is None:
+        return _instance(_import(choice), None)
+    known = _entry_points()
+    if base not in known:
+        raise BackendError(
+            f"no backend {choice!r}; there are:\n{table()}{close_matches(base, known)}"
+        )
+    return _load(base, known[base], index)
+
+
+def _load(name: str, points: list[EntryPoint], index: int | None = None) -> Backend:
+    if len(points) > 1:
+        claims = " and ".join(sorted(p.dist.name if p.dist else p.value for p in points))
+        raise BackendError(f"{claims} both claim the backend name {name!r}; uninstall one of them.")
+    return _instance(_import(points[0].value), index)
+
+
+def _import(path: str) -> type[Backend]:
+    module, _, attribute = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # a backend may raise anything at import; the others must still run
+        reason = f"{type(error).__name__}: {error}"
+        raise BackendError(f"backend {path!r} cannot be imported ({reason}).") from error
+    if not (isinstance(found, type) and issubclass(found, Backend)):
+        raise BackendError(f"backend {path!r} is not a subclass of moge_hal.Backend.")
+    return found
+
+
+def _instance(kind: type[Backend], index: int | None) -> Backend:
+    try:
+        return kind(index)
+    except Exception as error:
+        path = f"{kind.__module__}:{kind.__qualname__}"
+        reason = f"{type(error).__name__}: {error}"
+        raise BackendError(f"backend {path!r} cannot be created ({reason}).") from error

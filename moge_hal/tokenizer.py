@@ -1,0 +1,366 @@
+"""The one way this project sees text: a tokenizer.json or a SentencePiece tokenizer.model behind
+one class.
+
+Every token stands for fixed bytes, so decoding is a table: a whole text and a stream of tokens read
+the same table and cannot differ. A special token (bos, eos, the marks of a chat) comes from its id
+only, never out of text that happens to spell its name, and decodes to nothing.
+"""
+
+import codecs
+import hashlib
+import json
+import os
+import re
+from collections.abc import Container, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from moge_hal.errors import UserError
+
+# What a released Pangu chat is framed with: [unused9] opens a turn, [unused10] ends it (and is
+# eos), 16 and 17 enclose thinking.
+SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "[unused9]", "[unused10]", "[unused16]", "[unused17]"]
+UNUSED = re.compile(r"\[unused\d+\]")
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+SPACE = "▁"  # U+2581 stands for a space in SentencePiece's pieces
+
+
+class Engine(Protocol):
+    """What differs between the two libraries."""
+
+    file_name: str
+    pieces: list[bytes]  # of every id; a special token's are empty
+    leading_space: bool  # encoding puts a space before the text, so decoding drops one
+
+    def encode(self, text: str) -> list[int]: ...
+    def token_id(self, token: str) -> int | None: ...
+    def token(self, token_id: int) -> str: ...
+    def serialize(self) -> bytes: ...
+
+
+class JsonEngine:
+    """tokenizer.json, the format of the library `tokenizers`."""
+
+    file_name = "tokenizer.json"
+
+    def __init__(self, data: bytes, special: Container[str]) -> None:
+        fields = json.loads(data)
+        for token in fields["added_tokens"]:
+            token["special"] |= _is_special(token["content"], special)
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(fields))
+        self._tokenizer.encode_special_tokens = True  # their names in a text are text
+        decoder = fields["decoder"] or {"type": "none"}
+        kinds = {part["type"] for part in decoder.get("decoders", [decoder])}
+        if not kinds & {"ByteLevel", "Metaspace", "ByteFallback"}:
+            raise ValueError(f"its decoder ({', '.join(sorted(kinds))}) is of an unknown kind")
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        alphabet = byte_alphabet()
+        self.pieces = [b""] * (max(vocabulary.values()) + 1)
+        for token, at in vocabulary.items():
+            if "ByteLevel" in kinds:
+                self.pieces[at] = bytes(alphabet[c] for c in token if c in alphabet)
+            else:
+                self.pieces[at] = sentencepiece_bytes(token)
+        for at, added in self._tokenizer.get_added_tokens_decoder().items():
+            self.pieces[at] = b"" if added.special else added.content.encode()
+        first = self._tokenizer.encode("a", add_special_tokens=False).tokens[:1]
+        self.leading_space = first != [] and first[0].startswith((SPACE, "Ġ"))
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def token_id(self, token: str) -> int | None:
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
+    def token(self, token_id: int) -> str:
+        return str(self._tokenizer.id_to_token(token_id))
+
+    def serialize(self) -> bytes:
+        return str(self._tokenizer.to_str(pretty=True)).encode() + b"\n"
+
+
+class SentencePieceEngine:
+    """tokenizer.model, the format of the library `sentencepiece`."""
+
+    file_name = "tokenizer.model"
+
+    def __init__(self, data: bytes, special: Container[str]) -> None:
+        if not data:
+            raise ValueError("it is empty")  # which the library takes for a wish to load nothing
+        self._data = data
+        self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
+        ids = range(self._model.get_piece_size())
+        tokens = [self._model.id_to_piece(at) for at in ids]
+        self._special = {
+            at for at in ids if self._model.is_control(at) or _is_special(tokens[at], special)
+        }
+        self.pieces = [
+            b"" if at in self._special else sentencepiece_bytes(tokens[at]) for at in ids
+        ]
+        unknown = self._model.unk_id()
+        self._special.discard(unknown)  # any text may come to it
+        self.pieces[unknown] = self._model.decode([unknown]).encode()
+        first = self._model.encode("a", out_type=str)[:1]
+        self.leading_space = first != [] and first[0].startswith(SPACE)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for at in self._model.encode(text):
+            # The library parses some kinds of special pieces out of the text: spell those.
+            ids += self._spell(self._model.id_to_piece(at)) if at in self._special else [at]
+        return ids
+
+    def _spell(self, name: str) -> list[int]:
+        ids: list[int] = []
+        for character in name:
+            at = self.token_id(character)
+            if at is not None:
+                ids.append(at)
+                continue
+            in_bytes = [self.token_id(f"<0x{byte:02X}>") for byte in character.encode()]
+            known = [found for found in in_bytes if found is not None]
+            ids += known if len(known) == len(in_bytes) else [self._model.unk_id()]
+        return ids
+
+    def token_id(self, token: str) -> int | None:
+        at: int = self._model.piece_to_id(token)
+        return at if self._model.id_to_piece(at) == token else None
+
+    def token(self, token_id: int) -> str:
+        return str(self._model.id_to_piece(token_id))
+
+    def serialize(self) -> bytes:
+        return self._data
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The printable characters of a byte-level vocabulary (GPT-2's `bytes_to_unicode`) to bytes."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + n): byte for n, byte in enumerate(others)
+    }
+
+
+def sentencepiece_bytes(piece: str) -> bytes:
+    """The bytes that a SentencePiece piece stands for; <0x0A> is one byte, U+2581 a space."""
+    byte = BYTE_PIECE.fullmatch(piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
+
+
+class Stream:
+    """Text out of tokens one by one.
+
+    To go on after a prompt, push its ids first and drop what they give.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer") -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._drop_space = tokenizer.engine.leading_space
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes: empty inside a character of several tokens."""
+        return self._give(self._decoder.decode(self._tokenizer.bytes_of(token_id)))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD if the last character never came to its end."""
+        return self._give(self._decoder.decode(b"", final=True))
+
+    def _give(self, text: str) -> str:
+        if self._drop_space and text:
+            self._drop_space = False
+            return text.removeprefix(" ")
+        return text
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    bos_id, eos_id: the ids that begin a text and end an answer, or None.
+    vocab_size: V; every id is below it.
+    """
+
+    def __init__(
+        self, engine: Engine, config: dict[str, Any], bos_id: int | None, eos_id: int | None
+    ) -> None:
+        self.engine = engine
+        self.vocab_size = len(engine.pieces)
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+        self._config = config
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Tokenizer":
+        """Opens the tokenizer.json of a model's folder, or else its tokenizer.model.
+
+        bos and eos are the ids that generation_config.json or config.json state, else the tokens
+        that tokenizer_config.json names (the order matters: a released Pangu names </s> there and
+        ends its answers with 45892, [unused10]).
+        Raises UserError if neither file is there, or one that is needed cannot be read.
+        """
+        folder = Path(folder)
+        config = _read_json(folder / "tokenizer_config.json")
+        named = [config.get(f"{kind}_token") for kind in ("bos", "eos", "pad", "unk")]
+        added = (config.get("added_tokens_decoder") or {}).values()
+        named += [token for token in added if isinstance(token, dict) and token.get("special")]
+        named += config.get("additional_special_tokens") or []
+        special = {content for token in named if (content := _content(token)) is not None}
+        engine: Engine
+        path = folder / JsonEngine.file_name
+        try:
+            if path.is_file():
+                engine = JsonEngine(path.read_bytes(), special)
+            else:
+                path = folder / SentencePieceEngine.file_name
+                engine = SentencePieceEngine(path.read_bytes(), special)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{folder} holds no tokenizer.json or tokenizer.model; copy one beside the weights"
+            ) from error
+        except Exception as error:  # both libraries raise bare Exception or RuntimeError
+            raise UserError(
+                f"{path} cannot be read as a tokenizer ({error}); fetch it again"
+            ) from error
+        stated = [_read_json(folder / f"{name}.json") for name in ("generation_config", "config")]
+        ids = [_special_id(kind, stated, config, engine) for kind in ("bos", "eos")]
+        return cls(engine, config, ids[0], ids[1])
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer and a tokenizer_config.json, which transformers opens too."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = dict(self._config)
+        for kind, token_id in (("bos", self.bos_id), ("eos", self.eos_id)):
+            config[f"{kind}_token"] = None if token_id is None else self.engine.token(token_id)
+        files = {
+            self.engine.file_name: self.engine.serialize(),
+            "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2).encode()
+            + b"\n",
+        }
+        for name, data in files.items():
+            beside = folder / f".{name}.{os.getpid()}"
+            beside.write_bytes(data)
+            os.replace(beside, folder / name)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tokenizer's file, in hex: other ids would mean another model."""
+        return hashlib.sha256(self.engine.serialize()).hexdigest()
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Ids of `text`, after bos if asked for (and there is one); special names stay text."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the text has half a character (a lone surrogate) at {error.start}; is it UTF-8?"
+            ) from error
+        start = [self.bos_id] if bos and self.bos_id is not None else []
+        return start + self.engine.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`: special tokens are left out, bytes that are no UTF-8 become U+FFFD."""
+        stream = self.stream()
+        return "".join([stream.push(token_id) for token_id in ids]) + stream.flush()
+
+    def stream(self) -> Stream:
+        """A decoder that takes one token at a time; its texts joined are `decode` of all."""
+        return Stream(self)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes that a token stands for. Raises UserError for an id outside the vocabulary."""
+        if not 0 <= token_id < self.vocab_size:
+            raise UserError(f"token {token_id} is not in the vocabulary of {self.vocab_size}")
+        return self.engine.pieces[token_id]
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its exact name, special ones included: token_id("[unused10]")."""
+        return self.engine.token_id(token)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens, the same in every byte from run to
+    run.
+
+    Any text can be encoded; NFC first, so decode(encode(s)) is NFC(s). Every digit is a token of
+    its own. Few texts give fewer tokens
+    than asked for: go by the result's vocab_size. bos is <s>, eos is [unused10], as in a released
+    Pangu.
+    Raises UserError if vocab_size has no room for the 256 bytes and the special tokens.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    least = len(alphabet) + len(SPECIAL_TOKENS)
+    if vocab_size < least:
+        raise UserError(f"a vocabulary needs at least {least} tokens, not {vocab_size}")
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bos, eos = SPECIAL_TOKENS.index("<s>"), SPECIAL_TOKENS.index("[unused10]")
+    # For other programs that read the file; here `encode` puts bos in front itself.
+    bpe.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", bos)])
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "[unused10]",
+        "pad_token": "<pad>",
+        "additional_special_tokens": ["</s>", "[unused9]", "[unused16]", "[unused17]"],
+        "clean_up_tokenization_spaces": False,
+    }
+    return Tokenizer(JsonEngine(bpe.to_str().encode(), SPECIAL_TOKENS), config, bos, eos)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); fetch it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must hold a JSON object, not a {type(found).__name__}")
+    return found
+
+
+def _is_special(token: str, special: Container[str]) -> bool:
+    """Whether tokenizer_config.json names it, or it is one of Pangu's marks, which it may not."""
+    return token in special or UNUSED.fullmatch(token) is not None
+
+
+def _content(token: Any) -> str | None:
+    """The name of a token as tokenizer_config.json gives it: a string or an object with one."""
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else None
+
+
+def _special_id(
+    kind: str, stated: list[dict[str, Any]], config: dict[str, Any], engine: Engine
+) -> int | None:
+    """The id of "bos" or "eos"; of several eos ids the first."""
+    for fields in stated:
+        value = fields.get(f"{kind}_token_id")
+        first = value[0] if isinstance(value, list) and value else value
+        if isinstance(first, int):
+            return first
+    name = _content(config.get(f"{kind}_token")) or {"bos": "<s>", "eos": "</s>"}[kind]
+    return engine.token_id(name)

@@ -1,0 +1,285 @@
+"""Pre-training from text, on one device, resumable bit for bit.
+
+    moge-hal train OUT --steps 5000            (started again, it goes on from
+    OUT/state.safetensors)
+
+OUT gets state.safetensors (see `train_state.py`), log.jsonl (one line a validation), training.json
+(the recipe and what came of it), curve.png, and at the end model/, a folder in the released layout.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moge_hal.backend import Backend
+from moge_hal.bind import bind
+from moge_hal.checkpoint import save
+from moge_hal.config import Config
+from moge_hal.data import Document, Packed, batch, pack, read_corpus, split
+from moge_hal.errors import UserError
+from moge_hal.files import write_file
+from moge_hal.init import initial_weights
+from moge_hal.model import Transformer
+from moge_hal.router import auxiliary_loss, expert_load
+from moge_hal.tokenizer import train_bpe
+from moge_hal.train_state import load_state, save_state
+
+STATE, LOG, SUMMARY = "state.safetensors", "log.jsonl", "training.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run does. Every field shapes the result, so every field belongs to the identity of the
+    run.
+
+    A step trains on rows x length tokens. The learning rate rises linearly over `warmup` steps and
+    falls along a cosine to `final` of its peak at the last step. Weight decay spares
+    one-dimensional weights. autocast: products in bfloat16, with float32 weights, norms, router and
+    softmax.
+    """
+
+    steps: int = 5000
+    rows: int = 4
+    length: int = 512
+    peak: float = 4e-3
+    warmup: int = 100
+    final: float = 0.01
+    decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 1
+    autocast: bool = True
+
+    def __post_init__(self) -> None:
+        rules = {
+            "steps": (self.steps >= 1, "at least 1"),
+            "rows": (self.rows >= 1, "at least 1"),
+            "length": (self.length >= 2, "at least 2"),
+            "peak": (self.peak > 0, "above 0"),
+            "warmup": (0 <= self.warmup < max(self.steps, 1), "below the number of steps"),
+            "final": (0 <= self.final <= 1, "between 0 and 1"),
+            "decay": (self.decay >= 0, "not negative"),
+            "clip": (self.clip > 0, "above 0"),
+            "seed": (self.seed >= 0, "not negative"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise UserError(f"{name} = {getattr(self, name)} must be {rule}")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        if step < self.warmup:
+            return self.peak * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - 1 - self.warmup)
+        return self.peak * (self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Held-out text under the model, and where its tokens went."""
+
+    step: int
+    loss: float  # nats a token
+    bits_per_byte: float
+    busiest: float  # the busiest expert's load over the mean, averaged over layers
+    idlest: float  # the idlest expert's load over the mean, the least of all layers
+    load: list[list[float]]  # [L, E], mean 1
+
+
+# Called after every step with its number, its loss and, if there was one, the validation.
+Observer = Callable[[int, float, Validation | None], None]
+
+
+def train(
+    out: Path,
+    config: Config,
+    recipe: Recipe,
+    backend: Backend,
+    corpus: Path,
+    *,
+    validate_every: int = 200,
+    observe: Observer = lambda step, loss, validation: None,
+) -> Validation:
+    """Trains until recipe.steps, going on from OUT if a run with the same identity was interrupted
+    there.
+
+    The vocabulary is trained on the corpus too (at most config.vocab_size tokens). `observe` is
+    called after every step. Raises `UserError` for an unusable corpus, a foreign output folder or a
+    state that belongs to another run.
+    """
+    _check_folder(out)
+    documents, held_out = split(read_corpus(corpus))
+    tokenizer = train_bpe((document.text for document in documents), config.vocab_size)
+    config = replace(
+        config,
+        vocab_size=tokenizer.vocab_size,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+    )
+    tokens, held_out_tokens = pack(documents, tokenizer), pack(held_out, tokenizer)
+    identity = {
+        "config": asdict(config),
+        "recipe": asdict(recipe),
+        "corpus": _digest(documents),
+        "tokenizer": tokenizer.digest,
+        "backend": backend.name,
+        "threads": torch.get_num_threads(),  # sums are split among them, so the bits depend on it
+    }
+    model = bind(config, initial_weights(config, recipe.seed), backend, "train")
+    model.tokenizer = tokenizer
+    transformer = model.run_step
+    assert isinstance(transformer, Transformer)  # what `bind` gives in mode "train"
+    parameters = dict(transformer.named_parameters())
+    optimizer = _optimizer(parameters.values(), recipe)
+    out.mkdir(parents=True, exist_ok=True)
+    state, step = out / STATE, 0
+    if state.exists():
+        step = load_state(state, parameters, optimizer, identity)
+    _trim_log(out / LOG, step)
+    validation = None
+    started, first = time.perf_counter(), step
+    for step in range(first, recipe.steps):
+        x, y = batch(tokens.tokens, recipe.seed, step, recipe.rows, recipe.length)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate(step)
+        loss = _step(transformer, optimizer, x, y, recipe)
+        done = step + 1
+        validation = None
+        if done % validate_every == 0 or done == recipe.steps:
+            validation = validate(transformer, held_out_tokens, recipe, done)
+            record = {"train_loss": loss, "rate": recipe.rate(step), **_short(validation)}
+            _append(out / LOG, record)
+            save_state(state, parameters, optimizer, done, identity)
+        observe(done, loss, validation)
+    # The last word is said in float32, as the model will be used.
+    exact = replace(recipe, autocast=False)
+    validation = validate(transformer, held_out_tokens, exact, recipe.steps)
+    seconds = time.perf_counter() - started
+    trained = (recipe.steps - first) * recipe.rows * recipe.length
+    summary = {
+        "identity": identity,
+        "parameters": config.count_parameters(),
+        "corpus_bytes": tokens.bytes,
+        "corpus_tokens": len(tokens.tokens),
+        "held_out_bytes": held_out_tokens.bytes,
+        "trained_tokens": recipe.steps * recipe.rows * recipe.length,
+        "tokens_per_second": round(trained / seconds) if trained else None,
+        "validation": asdict(validation),
+        "torch": torch.__version__,
+    }
+    if not (out / "model").exists():
+        save(model, out / "model", dtype=torch.bfloat16)
+    write_file(out / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+    return validation
+
+
+def validate(transformer: Transformer, text: Packed, recipe: Recipe, step: int) -> Validation:
+    """Loss over the whole held-out text in windows of recipe.length, and every expert's load."""
+    config = transformer.config
+    total, count = 0.0, 0
+    load = torch.zeros(config.num_hidden_layers, config.num_experts, dtype=torch.int64)
+    device = transformer.backend.device()
+    with torch.no_grad():
+        for x, y in _windows(text.tokens, recipe):
+            out = _forward(transformer, x.to(device), recipe)
+            target = y.to(device).flatten()
+            total += F.cross_entropy(out.logits.flatten(0, 1), target, reduction="sum").item()
+            count += len(target)
+            load += expert_load(out.routes, config.num_experts).cpu()
+    share = load / load.double().mean(1, keepdim=True)
+    return Validation(
+        step=step,
+        loss=total / count,
+        bits_per_byte=total / count / math.log(2) * len(text.tokens) / text.bytes,
+        busiest=share.amax(1).mean().item(),
+        idlest=share.min().item(),
+        load=[[round(v, 4) for v in row] for row in share.tolist()],
+    )
+
+
+def _windows(tokens: npt.NDArray[Any], recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
+    length = min(recipe.length, len(tokens) - 1)
+    rows = torch.from_numpy(tokens.astype("int64"))
+    for start in range(0, len(rows) - length, length * recipe.rows):
+        span = min(recipe.rows, (len(rows) - 1 - start) // length) * length
+        yield (
+            rows[start : start + span].view(-1, length),
+            rows[start + 1 : start + 1 + span].view(-1, length),
+        )
+
+
+def _forward(transformer: Transformer, x: Tensor, recipe: Recipe) -> Any:
+    positions = torch.arange(x.shape[1], device=x.device).expand(x.shape)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.autocast):
+        return transformer(x, positions, None)
+
+
+def _step(
+    transformer: Transformer, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, recipe: Recipe
+) -> float:
+    """One update; returns the cross-entropy in nats a token."""
+    device = transformer.backend.device()
+    out = _forward(transformer, x.to(device), recipe)
+    loss = F.cross_entropy(out.logits.flatten(0, 1), y.to(device).flatten())
+    balance = auxiliary_loss(out.router_logits, out.routes, transformer.config.router_aux_loss_coef)
+    optimizer.zero_grad()
+    (loss + balance).backward()
+    nn.utils.clip_grad_norm_(transformer.parameters(), recipe.clip)
+    optimizer.step()
+    value = loss.item()
+    if not math.isfinite(value):
+        raise UserError(
+            f"the loss is {value}; start again with a lower learning rate than {recipe.peak}"
+        )
+    return value
+
+
+def _optimizer(parameters: Any, recipe: Recipe) -> torch.optim.AdamW:
+    matrices, vectors = [], []
+    for parameter in parameters:
+        (matrices if parameter.dim() > 1 else vectors).append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": recipe.decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.peak, betas=(0.9, 0.95), fused=True)
+
+
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; name a new folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / STATE).exists():
+        raise UserError(f"{out} is not empty and holds no {STATE} to go on from; name a new folder")
+
+
+def _digest(documents: list[Document]) -> str:
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document.text.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _short(validation: Validation) -> dict[str, Any]:
+    return {name: value for name, value in asdict(validation).items() if name != "load"}
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _trim_log(path: Path, step: int) -> None:
+    """Drops what a killed run logged after its last saved state, since it will be logged again."""
+    if path.exists():
+        lines = path.read_text("utf-8").splitlines()
+        kept = [line for line in lines if line.startswith("{") and json.loads(line)["step"] <= step]
+        write_file(path, "".join(line + "\n" for line in kept).encode())
