@@ -5,7 +5,7 @@ backend that calls them: the one model, bound to it and exported, is a graph of 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,11 +17,11 @@ from moge_hal.export.cache import AppendLayer
 from moge_hal.router import RouteSpec
 
 _LIBRARY = torch.library.Library("moge_hal", "DEF")
-_OPS = torch.ops.moge_hal
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], None]:
-    """Defines `moge_hal::name` with its fake kernel; decorates the implementation.
+def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[_Function], _Function]:
+    """Defines `moge_hal::name`, given its fake kernel; decorates the implementation, and gives the operator.
 
     A fake kernel must return distinct tensors: torch.export merges two outputs that are one object.
     """
@@ -29,8 +29,9 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
     _LIBRARY.define(schema)
     torch.library.register_fake(f"moge_hal::{name}", fake, lib=_LIBRARY)
 
-    def decorate(implementation: Callable[..., Any]) -> None:
+    def decorate(implementation: _Function) -> _Function:
         _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        return cast(_Function, getattr(torch.ops.moge_hal, name))
 
     return decorate
 
@@ -39,7 +40,9 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@_operator("embed(Tensor ids, Tensor w) -> Tensor", lambda ids, w: w.new_empty(*ids.shape, w.shape[1]))
+@_operator(
+    "embed(Tensor ids, Tensor w) -> Tensor", lambda ids, w: w.new_empty(*ids.shape, w.shape[1])
+)
 def _embed(ids: Tensor, w: Tensor) -> Tensor:
     return ops.embed(ids, w)
 
@@ -73,7 +76,10 @@ def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
     return ops.rotary(q, k, cos, sin)
 
 
-@_operator("attention(Tensor q, Tensor k, Tensor v, Tensor positions) -> Tensor", lambda q, k, v, p: _like(q))
+@_operator(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor positions) -> Tensor",
+    lambda q, k, v, p: _like(q),
+)
 def _attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
     return ops.attention(q, k, v, None, positions)[0]
 
@@ -153,23 +159,10 @@ def _experts(
         attention_mask.new_empty(key.shape[0], key.shape[2], dtype=torch.bool),
     ),
 )
-def _split_mask(
-    attention_mask: Tensor, position_ids: Tensor, key: Tensor
-) -> tuple[Tensor, Tensor]:
+def split_mask(attention_mask: Tensor, position_ids: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     past = key.shape[2]
     now = attention_mask[:, past:] != 0
     return torch.where(now, position_ids, -1), attention_mask[:, :past] != 0
-
-
-def split_mask(
-    attention_mask: Tensor, position_ids: Tensor, key: Tensor
-) -> tuple[Tensor, Tensor]:
-    """attention_mask [B, P+S], position_ids [B, S], key [B, Hkv, P, d] -> positions [B, S] with -1 for padding, seen [B, P] bool.
-
-    An operator, since slicing the mask in plain torch would tie P + S to two other inputs, which torch.export refuses to name.
-    """
-    positions, seen = _OPS.split_mask(attention_mask, position_ids, key)
-    return positions, seen
 
 
 class Lowering(Backend):
@@ -180,35 +173,35 @@ class Lowering(Backend):
     dtypes = (torch.float32,)
 
     def embed(self, ids: Tensor, w: Tensor) -> Tensor:
-        return _OPS.embed(ids, w)
+        return _embed(ids, w)
 
     def linear(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        return _OPS.linear(x, w, b)
+        return _linear(x, w, b)
 
     def rms_norm(self, x: Tensor, w: Tensor, eps: float) -> Tensor:
-        return _OPS.rms_norm(x, w, eps)
+        return _rms_norm(x, w, eps)
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, w: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        return _OPS.add_rms_norm(x, residual, w, eps)
+        return _add_rms_norm(x, residual, w, eps)
 
     def rotary(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        return _OPS.rotary(q, k, cos, sin)
+        return _rotary(q, k, cos, sin)
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, cache: AppendLayer | None, positions: Tensor
     ) -> tuple[Tensor, AppendLayer | None]:
         if cache is None:
-            return _OPS.attention(q, k, v, positions), None
-        mixed, key, value = _OPS.attention_append(q, k, v, *cache, positions)
+            return _attention(q, k, v, positions), None
+        mixed, key, value = _attention_append(q, k, v, *cache, positions)
         return mixed, AppendLayer(key, value, torch.cat([cache.seen, positions >= 0], 1))
 
     def swiglu_ffn(self, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        return _OPS.swiglu_ffn(x, gate_up, down)
+        return _swiglu_ffn(x, gate_up, down)
 
     def router_logits(self, x: Tensor, w: Tensor) -> Tensor:
-        return _OPS.router_logits(x, w)
+        return _router_logits(x, w)
 
     def route(
         self,
@@ -218,11 +211,11 @@ class Lowering(Backend):
         bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         s = spec
-        return _OPS.route(
+        return _route(
             logits, scale, bias, s.groups, s.k, s.score, s.limit_groups, s.renormalise, s.factor
         )
 
     def experts(
         self, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, first: int = 0
     ) -> Tensor:
-        return _OPS.experts(x, gate_up, down, ids, weights, first)
+        return _experts(x, gate_up, down, ids, weights, first)

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from moge_hal.backend import Backend, Facts, Probe, Step, StepOut
+from moge_hal.checkpoint import save
 from moge_hal.config import Config, preset
 from moge_hal.errors import CacheFullError, UserError
+from moge_hal.load import load
 from moge_hal.registry import get_backend
 from moge_hal.router import RouteSpec
 from moge_hal.runtime import Model

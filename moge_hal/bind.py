@@ -27,6 +27,7 @@ class Choice:
     op: str
     implementation: str  # the backend's name, or "default"
     reason: str
+    own: bool = False  # the backend's own override serves (its name may well be "default")
 
 
 def bind(
@@ -57,7 +58,7 @@ def bind(
         bound,
         mode,
         dtype,
-        {c.op for c in choices if c.implementation != "default"},
+        {c.op for c in choices if c.own},
     )
     transformer.train(mode == "train")
     step = bound.compile(transformer, (), {}) if mode == "infer" else transformer
@@ -93,7 +94,7 @@ def bind_operations(
         )
         choices.append(choice)
         overridden = getattr(type(backend), op) is not getattr(Backend, op)
-        if choice.implementation == "default" and overridden:
+        if overridden and not choice.own:
             fallbacks[op] = getattr(Backend, op)
             if strict and op not in overrides:
                 raise UserError(
@@ -114,7 +115,7 @@ def _choose(backend: Backend, facts: Facts, overrides: Mapping[str, str]) -> Cho
     reason = backend.why_not(facts)
     if reason is not None:
         return Choice(facts.op, "default", reason)
-    return Choice(facts.op, backend.name, "the backend's own")
+    return Choice(facts.op, backend.name, "the backend's own", own=True)
 
 
 def _fill(

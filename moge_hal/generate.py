@@ -293,8 +293,8 @@ class _Writer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
-    longest = min(len(text), len(stop) - 1)
+    """The length of the longest end of `text` that is a beginning of `stop`."""
+    longest = min(len(text), len(stop))
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 

@@ -55,14 +55,16 @@ class Sampling:
         if self.temperature == 0:
             return best
         ids, mass = self._candidates(logits)
-        return int(
-            ids[np.searchsorted(mass, uniform(self.seed, row, number) * mass[-1], side="right")]
-        )
+        drawn = uniform(self.seed, row, number) * mass[-1]  # below mass[-1], also when rounded
+        return int(ids[np.searchsorted(mass, drawn, side="right")])
 
     def _candidates(self, logits: NDArray[Any]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
         """The ids that compete, most probable first, and the running sum of their mass (exp)."""
         # Sorted by logit, not by exp: the same order with no rounding in it.
-        ids = np.argsort(-logits, kind="stable")[: self.top_k]
+        ids = np.arange(len(logits))
+        if self.top_k is not None and self.top_k < len(ids):  # so that a large V is not sorted
+            ids = np.flatnonzero(logits >= np.partition(logits, -self.top_k)[-self.top_k])
+        ids = ids[np.argsort(-logits[ids], kind="stable")][: self.top_k]
         with np.errstate(over="ignore"):  # a temperature near 0 may well give -inf, which is mass 0
             scaled = (logits[ids].astype(np.float64) - float(logits[ids[0]])) / self.temperature
         mass = np.exp(scaled).cumsum()

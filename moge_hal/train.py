@@ -10,8 +10,10 @@ OUT gets state.safetensors (see `train_state.py`), log.jsonl (one line a validat
 import hashlib
 import json
 import math
+import re
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,14 @@ from moge_hal.errors import UserError
 from moge_hal.files import write_file
 from moge_hal.init import initial_weights
 from moge_hal.model import Transformer
+from moge_hal.registry import settings
 from moge_hal.router import auxiliary_loss, expert_load
 from moge_hal.tokenizer import train_bpe
+from moge_hal.train_log import draw_log, read_log, write_log
 from moge_hal.train_state import load_state, save_state
 
-STATE, LOG, SUMMARY = "state.safetensors", "log.jsonl", "training.json"
+STATE, LOG, CURVE = "state.safetensors", "log.jsonl", "curve.png"
+SUMMARY, MODEL = "training.json", "model"
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Recipe:
             "final": (0 <= self.final <= 1, "between 0 and 1"),
             "decay": (self.decay >= 0, "not negative"),
             "clip": (self.clip > 0, "above 0"),
-            "seed": (self.seed >= 0, "not negative"),
+            "seed": (0 <= self.seed < 2**64, "from 0 to 2**64 - 1"),
         }
         for name, (holds, rule) in rules.items():
             if not holds:
@@ -113,10 +118,18 @@ def train(
     there.
 
     The vocabulary is trained on the corpus too (at most config.vocab_size tokens). `observe` is
-    called after every step. Raises `UserError` for an unusable corpus, a foreign output folder or a
-    state that belongs to another run.
+    called after every step. MOGE_HAL_OPS and MOGE_HAL_STRICT apply. Raises `UserError` for an
+    unusable corpus, a foreign output folder or a state that belongs to another run.
     """
+    if validate_every < 1:
+        raise UserError(f"validate_every = {validate_every} must be at least 1")
+    if recipe.length > config.max_position_embeddings:
+        raise UserError(
+            f"length = {recipe.length} must not exceed the context of "
+            f"max_position_embeddings = {config.max_position_embeddings}"
+        )
     _check_folder(out)
+    environment = settings()
     documents, held_out = split(read_corpus(corpus))
     tokenizer = train_bpe((document.text for document in documents), config.vocab_size)
     config = replace(
@@ -131,39 +144,53 @@ def train(
         "recipe": asdict(recipe),
         "corpus": _digest(documents),
         "tokenizer": tokenizer.digest,
-        "backend": backend.name,
+        "backend": " ".join([backend.name, *(f"{op}=default" for op in environment.overrides)]),
         "threads": torch.get_num_threads(),  # sums are split among them, so the bits depend on it
     }
-    model = bind(config, initial_weights(config, recipe.seed), backend, "train")
+    model = bind(
+        config,
+        initial_weights(config, recipe.seed),
+        backend,
+        "train",
+        environment.overrides,
+        strict=environment.strict,
+        dtype=torch.float32,
+    )
     model.tokenizer = tokenizer
     transformer = model.run_step
     assert isinstance(transformer, Transformer)  # what `bind` gives in mode "train"
     parameters = dict(transformer.named_parameters())
     optimizer = _optimizer(parameters.values(), recipe)
-    out.mkdir(parents=True, exist_ok=True)
-    state, step = out / STATE, 0
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made ({error.strerror}); name another folder") from error
+    state, first = out / STATE, 0
     if state.exists():
-        step = load_state(state, parameters, optimizer, identity)
-    _trim_log(out / LOG, step)
-    validation = None
-    started, first = time.perf_counter(), step
+        first = load_state(state, parameters, optimizer, identity)
+    records = read_log(out / LOG, first)
+    losses: list[float] = []
+    started = time.perf_counter()
     for step in range(first, recipe.steps):
         x, y = batch(tokens.tokens, recipe.seed, step, recipe.rows, recipe.length)
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
-        loss = _step(transformer, optimizer, x, y, recipe)
+        losses.append(_step(transformer, optimizer, x, y, recipe))
         done = step + 1
         validation = None
         if done % validate_every == 0 or done == recipe.steps:
             validation = validate(transformer, held_out_tokens, recipe, done)
-            record = {"train_loss": loss, "rate": recipe.rate(step), **_short(validation)}
-            _append(out / LOG, record)
+            mean = sum(losses) / len(losses)  # since the last validation, where a resume starts
+            records.append({"train_loss": mean, "rate": recipe.rate(step), **_short(validation)})
+            write_log(out / LOG, records)
             save_state(state, parameters, optimizer, done, identity)
-        observe(done, loss, validation)
+        observe(done, losses[-1], validation)
+        if validation is not None:
+            losses.clear()
+    seconds = time.perf_counter() - started
     # The last word is said in float32, as the model will be used.
     exact = replace(recipe, autocast=False)
     validation = validate(transformer, held_out_tokens, exact, recipe.steps)
-    seconds = time.perf_counter() - started
     trained = (recipe.steps - first) * recipe.rows * recipe.length
     summary = {
         "identity": identity,
@@ -172,13 +199,16 @@ def train(
         "corpus_tokens": len(tokens.tokens),
         "held_out_bytes": held_out_tokens.bytes,
         "trained_tokens": recipe.steps * recipe.rows * recipe.length,
-        "tokens_per_second": round(trained / seconds) if trained else None,
+        "tokens_per_second": round(trained / seconds) if trained else None,  # validations included
         "validation": asdict(validation),
         "torch": torch.__version__,
     }
-    if not (out / "model").exists():
-        save(model, out / "model", dtype=torch.bfloat16)
-    write_file(out / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+    if records:
+        draw_log(out / CURVE, records)
+    if not (out / MODEL).exists():
+        save(model, out / MODEL, dtype=torch.bfloat16)
+    if trained or not (out / SUMMARY).exists():  # a finished run has nothing better to say
+        write_file(out / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
     return validation
 
 
@@ -243,8 +273,9 @@ def _step(
     return value
 
 
-def _optimizer(parameters: Any, recipe: Recipe) -> torch.optim.AdamW:
-    matrices, vectors = [], []
+def _optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for parameter in parameters:
         (matrices if parameter.dim() > 1 else vectors).append(parameter)
     groups = [
@@ -255,10 +286,23 @@ def _optimizer(parameters: Any, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def _check_folder(out: Path) -> None:
+    """Refuses a folder that holds anything but a run, and clears it of what a kill in the middle of
+    a write left there.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; name a new folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / STATE).exists():
+    files = "|".join(map(re.escape, (STATE, LOG, CURVE, SUMMARY, MODEL)))
+    unfinished = re.compile(rf"\.({files})\.[0-9a-f]{{8}}")  # as `files.py` names them
+    found = {path.name: path for path in out.iterdir()} if out.is_dir() else {}
+    left = [name for name in found if unfinished.fullmatch(name)]
+    # Before the first state there may be a log.
+    if STATE not in found and found.keys() - {LOG, *left}:
         raise UserError(f"{out} is not empty and holds no {STATE} to go on from; name a new folder")
+    for path in (found[name] for name in left):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _digest(documents: list[Document]) -> str:
@@ -270,16 +314,3 @@ def _digest(documents: list[Document]) -> str:
 
 def _short(validation: Validation) -> dict[str, Any]:
     return {name: value for name, value in asdict(validation).items() if name != "load"}
-
-
-def _append(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def _trim_log(path: Path, step: int) -> None:
-    """Drops what a killed run logged after its last saved state, since it will be logged again."""
-    if path.exists():
-        lines = path.read_text("utf-8").splitlines()
-        kept = [line for line in lines if line.startswith("{") and json.loads(line)["step"] <= step]
-        write_file(path, "".join(line + "\n" for line in kept).encode())

@@ -52,23 +52,38 @@ def load_state(
     try:
         with safe_open(path, "pt") as file:
             meta = file.metadata()
+            step: int = json.loads(meta["step"])
             _same_run(path, json.loads(meta["identity"]), json.loads(json.dumps(identity)))
             for name, parameter in parameters.items():
                 parameter.data.copy_(file.get_tensor(f"weight.{name}"))
                 optimizer.state[parameter] = {
-                    moment: file.get_tensor(f"adamw.{moment}.{name}") for moment in MOMENTS
+                    moment: file.get_tensor(f"adamw.{moment}.{name}").to(parameter.device)
+                    for moment in MOMENTS
                 }
-    except (SafetensorError, KeyError, TypeError, OSError) as error:
+    except (SafetensorError, KeyError, TypeError, OSError, json.JSONDecodeError) as error:
         raise UserError(
-            f"{path} is no whole training state ({error}); remove it to start from the beginning"
+            f"{path} is no whole training state ({error}); remove its folder to start from the "
+            f"beginning"
         ) from error
-    return int(meta["step"])
+    return step
 
 
 def _same_run(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    for key in sorted(saved.keys() | asked.keys()):
-        if saved.get(key) != asked.get(key):
-            raise UserError(
-                f"{path} belongs to a run with {key} = {saved.get(key)!r}, not {asked.get(key)!r}; "
-                f"give the same options to go on with it, or another output folder"
-            )
+    was, now = _leaves(saved), _leaves(asked)
+    differ = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
+    if differ:
+        raise UserError(
+            f"{path} belongs to a run with "
+            + ", ".join(f"{key} = {was.get(key)!r}, not {now.get(key)!r}" for key in differ)
+            + "; give the same options to go on with it, or another output folder"
+        )
+
+
+def _leaves(identity: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"recipe": {"seed": 1}} -> {"recipe.seed": 1}."""
+    leaves: dict[str, Any] = {}
+    for key, value in identity.items():
+        leaves |= (
+            _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return leaves

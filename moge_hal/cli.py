@@ -1,0 +1,302 @@
+"""The command line: `moge-hal backends | generate | train | export | conformance | balance`.
+
+A mistake of the user's is one sentence on stderr and exit code 2, never a stack trace. What a
+command was asked for goes to stdout, everything else to stderr.
+"""
+
+import io
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# What needs torch is imported by the command that needs it, so that --help is there at once.
+from moge_hal.errors import UserError
+
+app = typer.Typer(
+    name="moge-hal",
+    help="Run, train, export and judge Mixture-of-Grouped-Experts models on the chip you have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+ModelOption = Annotated[
+    Path | None,
+    typer.Option("--model", help="A model's folder; left out, the model that comes with moge_hal."),
+]
+BackendOption = Annotated[
+    str | None,
+    typer.Option("--backend", help="As MOGE_HAL_BACKEND: a name, name:index, a,b or auto."),
+]
+DtypeOption = Annotated[
+    str | None, typer.Option("--dtype", help="Type to compute in; float32 if left out.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable, on stdout.")]
+
+
+def main() -> None:
+    """The entry point: runs the command and turns a `UserError` into a sentence and exit code 2.
+
+    typer itself sees to Ctrl-C and to a reader of our output that goes away, as `head` does.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter that a model writes
+    try:
+        app()
+    except UserError as error:
+        print(f"moge-hal: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def example(line: str) -> str:
+    """The epilogue of a command's --help."""
+    return f"Example: [bold]{line}[/bold]"
+
+
+def note(text: str) -> None:
+    """Something to know that is not what was asked for."""
+    print(text, file=sys.stderr)
+
+
+@app.command(epilog=example("moge-hal backends"))
+def backends(as_json: JsonOption = False) -> None:
+    """List every backend that is installed: whether it can run here, on what, or why not."""
+    from moge_hal import registry
+
+    rows = registry.backends()
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        print(registry.table(rows))
+
+
+@app.command(epilog=example('moge-hal generate "It is a truth" --max-new-tokens 80 --seed 1'))
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="One or more prompts.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Read one prompt from a file, - for standard input.")
+    ] = None,
+    model: ModelOption = None,
+    backend: BackendOption = None,
+    dtype: DtypeOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 = greedy.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest p of mass.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this text; repeatable.")] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Say which implementation runs each operation.")
+    ] = False,
+) -> None:
+    """Write text that follows the prompts, which are printed with it."""
+    from moge_hal.load import load
+
+    texts = _prompts(prompts, prompt_file)
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": tuple(stop or ()),
+    }
+    loaded = load(model, backend, dtype)
+    if report:
+        note(loaded.report())
+    if len(texts) == 1:
+        stream = loaded.stream(texts[0], **options)
+        piece = next(stream, None)  # what is wrong with the prompt shows before it is printed
+        print(texts[0], end="", flush=True)
+        while piece is not None:
+            print(piece.text, end="", flush=True)
+            piece = next(stream, None)
+        print()
+    else:
+        for text, completion in zip(texts, loaded.generate(texts, **options), strict=True):
+            print(f"{text}{completion}\n")
+
+
+def _prompts(prompts: list[str] | None, prompt_file: Path | None) -> list[str]:
+    if (prompts is None) == (prompt_file is None):
+        raise UserError('give a prompt, as in `moge-hal generate "Call me"`, or --prompt-file')
+    if prompts is not None:
+        return prompts
+    assert prompt_file is not None
+    try:
+        data = sys.stdin.buffer.read() if str(prompt_file) == "-" else prompt_file.read_bytes()
+        return [data.decode("utf-8")]
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"the prompt in {prompt_file} is not UTF-8 at byte {error.start}; convert it"
+        ) from error
+    except OSError as error:
+        raise UserError(f"the prompt {prompt_file} cannot be read: {error.strerror}") from error
+
+
+@app.command(epilog=example("moge-hal export exported --model my-model"))
+def export(
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    model: ModelOption = None,
+    routes: Annotated[
+        bool, typer.Option("--routes", help="Add the experts of every token as a last output.")
+    ] = False,
+) -> None:
+    """Write a model as ONNX, with configuration and tokenizer, checked against torch."""
+    from moge_hal.export import to_onnx
+    from moge_hal.load import shipped_model
+
+    with _progress() as progress:
+        bar = progress.add_task("export", total=None)
+
+        def show(stage: str) -> None:
+            progress.update(bar, description=stage)
+
+        to_onnx(model or shipped_model(), out, routes=routes, progress=show)
+    note(f"{out}: the export equals the model; {out / 'README.md'} says how to run it")
+
+
+@app.command(epilog=example("moge-hal train my-run --corpus my-texts --steps 2000"))
+def train(
+    out: Annotated[Path, typer.Argument(help="A new folder, or that of a run to go on with.")],
+    corpus: Annotated[
+        Path | None, typer.Option(help="A .txt, .jsonl(.xz) or folder; left out, the novels.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="Which sizes the model has.")] = "novels",
+    steps: Annotated[int, typer.Option(help="Updates in all.")] = 5000,
+    rows: Annotated[int, typer.Option(help="Rows a step.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-3,
+    warmup: Annotated[int, typer.Option(help="Steps until the peak.")] = 100,
+    aux: Annotated[
+        float | None, typer.Option(help="Weight of the load-balancing loss; None = the preset's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the first weights and of the batches.")] = 1,
+    threads: Annotated[
+        int, typer.Option(help="They shape the last bits, so a run keeps them.")
+    ] = 1,
+    validate_every: Annotated[
+        int, typer.Option(help="Validate and save every so many steps.")
+    ] = 200,
+    backend: BackendOption = None,
+) -> None:
+    """Pre-train a model from text. Interrupted, the same command goes on where it was, bit for bit."""
+    import torch
+
+    from moge_hal.config import preset as named
+    from moge_hal.load import shipped_model
+    from moge_hal.registry import get_backend
+    from moge_hal.train import Recipe, Validation
+    from moge_hal.train import train as run
+
+    if threads < 1:
+        raise UserError(f"threads = {threads} must be at least 1")
+    torch.set_num_threads(threads)
+    config = named(preset) if aux is None else named(preset, router_aux_loss_coef=aux)
+    recipe = Recipe(steps=steps, rows=rows, length=length, peak=rate, warmup=warmup, seed=seed)
+    with _progress() as progress:
+        bar = progress.add_task("reading the corpus", total=steps)
+
+        def show(step: int, loss: float, validation: Validation | None) -> None:
+            progress.update(bar, completed=step, description=f"loss {loss:.3f}")
+            if validation is not None:
+                progress.console.print(
+                    f"step {step}: {validation.bits_per_byte:.4f} bits per byte held out, "
+                    f"experts' load {validation.idlest:.2f} .. {validation.busiest:.2f} of the mean"
+                )
+
+        validation = run(
+            out,
+            config,
+            recipe,
+            get_backend(backend),
+            corpus or shipped_model() / "corpus.jsonl.xz",
+            validate_every=validate_every,
+            observe=show,
+        )
+    note(
+        f"{out / 'model'}: {validation.bits_per_byte:.4f} bits per byte of held-out text; "
+        f'try: moge-hal generate --model {out / "model"} "Once"'
+    )
+
+
+@app.command(epilog=example("moge-hal balance --picture balance.png"))
+def balance(
+    model: ModelOption = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text to route; left out, held-out text of the novels.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw a PNG here.")] = None,
+    backend: BackendOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Route real text and show every device's load: MoGE beside a conventional top-k."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from moge_hal.balance import CALL, draw, measure
+    from moge_hal.balance import as_json as rows_as_json
+    from moge_hal.data import read_corpus, split
+    from moge_hal.load import load, shipped_model
+
+    loaded = load(model, backend)
+    if loaded.tokenizer is None:
+        raise UserError(f"{model} has no tokenizer; balance needs one to read text")
+    if text is None:
+        documents = split(read_corpus(shipped_model() / "corpus.jsonl.xz"))[1]
+    else:
+        documents = read_corpus(text)
+    ids = loaded.tokenizer.encode("\n".join(d.text for d in documents)[:40_000])
+    rows = measure(loaded, ids)
+    if as_json:
+        print(json.dumps(rows_as_json(rows), indent=2))
+    else:
+        table = Table(
+            title=f"{len(ids) // CALL * CALL} tokens of real text, in calls of {CALL}",
+            caption="busiest: rows of the busiest device over the mean; score: the imbalance score, "
+            "(most - fewest rows) / tokens; both are means over layers and calls. "
+            "load: rows of each device over the mean, whole text.",
+            title_justify="left",
+            caption_justify="left",
+        )
+        for column in ("devices", "router", "busiest", "score", "worst score", "load"):
+            justify: Any = "left" if column in ("router", "load") else "right"
+            table.add_column(column, justify=justify)
+        for row in rows:
+            table.add_row(
+                str(row.devices),
+                row.router,
+                f"{row.busiest:.3f}",
+                f"{row.score:.3f}",
+                f"{row.worst:.3f}",
+                " ".join(f"{share:.2f}" for share in row.load),
+            )
+        Console().print(table)
+    if picture is not None:
+        draw(rows, picture)
+
+
+def _progress() -> Any:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

@@ -1,0 +1,132 @@
+"""The judgement of a whole model: the oracle follows the backend's routes.
+
+A model is judged in two parts, since one near-tie in a router flips an expert and then every number behind it, in a model that is
+right. (a) The float64 oracle is FORCED to the backend's routes, and the logits of every position stay within the limit: 2 p + u +
+(4 + sqrt(n)/2) 2^-23 as for an operation, p from plain float32 torch on the same routes, and never more than 2e-5. (b) Every route
+is k experts of every group, and the oracle's router logit of each is within m of the k-th best of its group; m = twice what the
+same rule allows for the router's logits, for they are off on both sides of a comparison.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moge_hal.bind import bind
+from moge_hal.config import Config
+from moge_hal.conformance.limits import limit, worst_row
+from moge_hal.conformance.oracle import Follow, FollowPermuted
+from moge_hal.conformance.routing import check_structure
+from moge_hal.conformance.verdict import Failure, Verdict
+from moge_hal.runtime import Model
+
+CAP = 2e-5  # of a whole model in float32, whatever p says
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What a backend did with a batch, however it was cut into steps."""
+
+    ids: Tensor  # [B, S]
+    positions: Tensor  # [B, S], -1 = padding
+    logits: Tensor  # [B, S, V]
+    routes: Tensor  # [L, B, S, K]
+
+    def then(self, later: "Transcript") -> "Transcript":
+        """This one, and what the same rows did next."""
+        return Transcript(
+            torch.cat([self.ids, later.ids], 1),
+            torch.cat([self.positions, later.positions], 1),
+            torch.cat([self.logits, later.logits], 1),
+            torch.cat([self.routes, later.routes], 2),
+        )
+
+
+def play(
+    model: Model, ids: Tensor, positions: Tensor, sizes: Iterable[int], cache: Any
+) -> tuple[Transcript, Any]:
+    """Steps of these sizes over ids and positions [B, S] -> what came out, and the cache after it."""
+    logits, routes, start = [], [], 0
+    config = model.config
+    for size in sizes:
+        part = slice(start, start + size)
+        out = model.step(ids[:, part], positions[:, part], cache)
+        shape = (len(ids), size, config.vocab_size)
+        _check_form("logits", out.logits, torch.float32, shape)
+        form = (config.num_hidden_layers, len(ids) * size, config.num_experts_per_tok)
+        _check_form("routes", out.routes, torch.int32, form)
+        cache = out.cache
+        logits.append(out.logits.cpu())
+        routes.append(out.routes.cpu().unflatten(1, (len(ids), size)))
+        start += size
+    return Transcript(ids, positions, torch.cat(logits, 1), torch.cat(routes, 2)), cache
+
+
+def _check_form(name: str, has: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if has.shape != shape or has.dtype != dtype:
+        found = f"{list(has.shape)} {has.dtype}"
+        raise Failure(f"the {name} of a step are {found}, must be {list(shape)} {dtype}")
+
+
+class Oracle:
+    """The specification on somebody else's routes: in float64, and its peers in float32."""
+
+    def __init__(self, config: Config, weights: Mapping[str, Tensor]) -> None:
+        self.config = config
+        self._models: list[tuple[Follow, Model]] = []
+        for backend, dtype in (
+            (Follow(), torch.float64),
+            (Follow(), torch.float32),
+            (FollowPermuted("whole model"), torch.float32),
+        ):
+            model = bind(config, weights, backend, dtype=dtype)
+            bound = model.backend
+            assert isinstance(bound, Follow)
+            self._models.append((bound, model))
+
+    def check(self, got: Transcript) -> Verdict:
+        """Both parts of the judgement; raises `Failure`."""
+        real = got.positions >= 0
+        if not bool(got.logits.isfinite().all()):
+            what = "a real" if not bool(got.logits[real].isfinite().all()) else "a padding"
+            raise Failure(f"the logits of {what} token are not finite")
+        config = self.config
+        for layer, ids in enumerate(got.routes):
+            check_structure(ids[real], config.route, config.num_experts, f"layer {layer}: ")
+        routes = got.routes.flatten(1, 2)
+        (logits, router), *peers = [self._follow(*model, got, routes) for model in self._models]
+        n = max(config.hidden_size, config.moe_intermediate_size, got.ids.shape[1])
+        self._check_routes(got, real, router, [peer[1] for peer in peers])
+        p = max(worst_row(peer[0][real], logits[real]) for peer in peers)
+        allowed = min(limit(p, torch.float32, n), CAP)
+        error = worst_row(got.logits[real], logits[real])
+        if error > allowed:
+            raise Failure("logits are wrong at the worst position", error, allowed)
+        return Verdict(error, allowed)
+
+    def _follow(
+        self, backend: Follow, model: Model, got: Transcript, routes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One pass without a cache -> logits [B, S, V], router logits [L, B*S, E]."""
+        backend.follow(list(routes))
+        out = model.step(got.ids, got.positions, None)
+        return out.logits.clone(), torch.stack(backend.router)
+
+    def _check_routes(
+        self, got: Transcript, real: Tensor, router: Tensor, by_peer: list[Tensor]
+    ) -> None:
+        config = self.config
+        groups, each = config.num_groups, config.num_experts_per_tok // config.num_groups
+        for layer, logits in enumerate(router):
+            here = logits[real.flatten()]
+            p = max(worst_row(peer[layer][real.flatten()], here) for peer in by_peer)
+            off = limit(p, torch.float32, config.hidden_size) * here.abs().amax(-1)
+            grouped = here.view(len(here), groups, -1)
+            best = grouped.topk(each, -1).values[..., -1].repeat_interleave(each, 1)
+            gap = (best - here.gather(1, got.routes[layer][real].long())).amax(-1)
+            if bool((gap > 2 * off).any()):
+                worst = int((gap / off).argmax())
+                reason = f"layer {layer}: an expert is not among the best of its group"
+                raise Failure(reason, float(gap[worst]), float(2 * off[worst]))

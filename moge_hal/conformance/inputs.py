@@ -1,0 +1,191 @@
+"""The inputs of a case: from the name of a tensor to its values, the same bits on every platform.
+
+A tensor's name (the case's id without its property, and the argument) is hashed to the key of numpy's Philox, a counter-based
+generator whose raw 64-bit words are part of its definition. Sums of four 16-bit pieces of a word, times a power of two, are nearly
+normal and exact in float32; only additions, multiplications and divisions follow, which IEEE 754 rounds alike everywhere, and no
+library function that a platform may compute otherwise.
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+from hashlib import blake2b
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from moge_hal.conformance.cases import Case
+
+Args = dict[str, Any]  # an operation's arguments in their order, by the names of `ops.py`
+
+# Arguments with an axis of tokens (or of rows of a batch) in front, and those of them that a NaN may be put into.
+PER_TOKEN = frozenset("ids x residual q k v cos sin positions logits weights".split())
+ACTIVATIONS = frozenset("x residual q k v logits".split())
+EPS = 1e-5
+
+
+def words(name: str, count: int) -> npt.NDArray[np.uint64]:
+    """`count` words of 64 random bits."""
+    key = int.from_bytes(blake2b(name.encode(), digest_size=16).digest(), "little")
+    found: npt.NDArray[np.uint64] = np.random.Philox(key=key).random_raw(count)
+    return found
+
+
+def normal(name: str, *shape: int, scale: float = 1.0) -> Tensor:
+    """Nearly normal, standard deviation 1.15 * scale, at most 4 * scale; float64 [shape]."""
+    pieces = words(name, prod(shape)).view(np.uint16).astype(np.int64).reshape(-1, 4)
+    centred = pieces.sum(1) - 131070  # four times the mean of 0 .. 65535
+    return torch.from_numpy(centred * 2.0**-15 * scale).reshape(shape)
+
+
+def uniform(name: str, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Even over (low, high]; float64 [shape]."""
+    steps = (words(name, prod(shape)) >> np.uint64(40)).astype(np.float64) + 1
+    return torch.from_numpy(low + (high - low) * (steps * 2.0**-24)).reshape(shape)
+
+
+def integers(name: str, *shape: int, low: int, high: int) -> Tensor:
+    """Even over low .. high - 1; int64 [shape]."""
+    found = (words(name, prod(shape)) % np.uint64(high - low)).astype(np.int64) + low
+    return torch.from_numpy(found).reshape(shape)
+
+
+def order(name: str, count: int) -> Tensor:
+    """A permutation of 0 .. count - 1; int64."""
+    return torch.from_numpy(np.argsort(words(name, count), kind="stable"))
+
+
+def fan(inputs: int) -> float:
+    """About 1/sqrt(inputs), as a power of two: keeps a product of `inputs` terms near its inputs' size."""
+    return 2.0 ** -(inputs.bit_length() // 2)
+
+
+def draw(case: Case) -> Args:
+    """The operation's arguments on the host, contiguous. Shared between calls: not to be written to."""
+    return _drawn(replace(case, property=""))
+
+
+@lru_cache(maxsize=16)
+def _drawn(case: Case) -> Args:
+    return _DRAW[case.op](case)
+
+
+def _float(case: Case, name: str, *shape: int, scale: float = 1.0) -> Tensor:
+    return normal(f"{case.key}/{name}", *shape, scale=scale).to(case.dtype)
+
+
+def _embed(case: Case) -> Args:
+    s = case.sizes
+    ids = integers(f"{case.key}/ids", s["T"], low=0, high=s["V"])
+    return {"ids": ids, "w": _float(case, "w", s["V"], s["D"], scale=case.scale)}
+
+
+def _linear(case: Case) -> Args:
+    s = case.sizes
+    return {
+        "x": _float(case, "x", s["T"], s["I"], scale=case.scale),
+        "w": _float(case, "w", s["O"], s["I"], scale=fan(s["I"])),
+        "b": None if "nobias" in case.words else _float(case, "b", s["O"]),
+    }
+
+
+def _rms_norm(case: Case) -> Args:
+    s = case.sizes
+    x = _float(case, "x", s["T"], s["D"], scale=case.scale)
+    return {"x": x, "w": _float(case, "w", s["D"]), "eps": EPS}
+
+
+def _add_rms_norm(case: Case) -> Args:
+    s = case.sizes
+    x = _float(case, "x", s["T"], s["D"], scale=case.scale)
+    residual = _float(case, "residual", s["T"], s["D"], scale=case.scale)
+    return {"x": x, "residual": residual, "w": _float(case, "w", s["D"]), "eps": EPS}
+
+
+def _rotary(case: Case) -> Args:
+    s = case.sizes
+    # Points of the unit circle without a cosine: ((1 - t^2)/(1 + t^2), 2t/(1 + t^2)).
+    t = normal(f"{case.key}/t", s["B"], s["S"], s["d"] // 2)
+    return {
+        "q": _float(case, "q", s["B"], s["S"], s["H"], s["d"], scale=case.scale),
+        "k": _float(case, "k", s["B"], s["S"], s["Hkv"], s["d"], scale=case.scale),
+        "cos": ((1 - t * t) / (1 + t * t)).float(),
+        "sin": (2 * t / (1 + t * t)).float(),
+    }
+
+
+def _attention(case: Case) -> Args:
+    s = case.sizes
+    return {
+        # The scale is on one factor of a score only: it takes the softmax from flat to sharp.
+        "q": _float(case, "q", s["B"], s["S"], s["H"], s["d"], scale=case.scale),
+        "k": _float(case, "k", s["B"], s["S"], s["Hkv"], s["d"]),
+        "v": _float(case, "v", s["B"], s["S"], s["Hkv"], s["d"]),
+        "cache": None,
+        "positions": torch.arange(s["S"]).repeat(s["B"], 1),
+    }
+
+
+def _swiglu_ffn(case: Case) -> Args:
+    s = case.sizes
+    return {
+        "x": _float(case, "x", s["T"], s["D"], scale=case.scale),
+        "gate_up": _float(case, "gate_up", 2 * s["F"], s["D"], scale=fan(s["D"])),
+        "down": _float(case, "down", s["D"], s["F"], scale=fan(s["F"])),
+    }
+
+
+def _router_logits(case: Case) -> Args:
+    s = case.sizes
+    return {
+        "x": _float(case, "x", s["T"], s["D"], scale=case.scale),
+        "w": _float(case, "w", s["E"], s["D"], scale=fan(s["D"])),
+    }
+
+
+def _route(case: Case) -> Args:
+    s, limited = case.sizes, "limit" in case.sizes
+    scale = uniform(f"{case.key}/scale", s["E"], low=0.5, high=2.0).float()
+    bias = normal(f"{case.key}/bias", s["E"], scale=0.25).float()
+    return {
+        "logits": normal(f"{case.key}/logits", s["T"], s["E"], scale=case.scale).float(),
+        "spec": case.spec,
+        "scale": None if limited or "noscale" in case.words else scale,
+        "bias": bias if limited else None,
+    }
+
+
+def _experts(case: Case) -> Args:
+    s = case.sizes
+    tokens, groups, each = s["T"], s["G"], s["E"] // s["G"]
+    lots = torch.from_numpy(
+        np.argsort(
+            words(f"{case.key}/ids", tokens * s["E"]).reshape(tokens, groups, each), kind="stable"
+        )
+    )
+    ids = lots[..., : s["K"] // groups] + torch.arange(0, s["E"], each)[:, None]
+    return {
+        "x": _float(case, "x", tokens, s["D"], scale=case.scale),
+        "gate_up": _float(case, "gate_up", s["E"], 2 * s["F"], s["D"], scale=fan(s["D"])),
+        "down": _float(case, "down", s["E"], s["D"], s["F"], scale=fan(s["F"])),
+        "ids": ids.reshape(tokens, s["K"]).int(),
+        "weights": uniform(f"{case.key}/weights", tokens, s["K"]).float(),
+        "first": 0,
+    }
+
+
+_DRAW = {
+    "embed": _embed,
+    "linear": _linear,
+    "rms_norm": _rms_norm,
+    "add_rms_norm": _add_rms_norm,
+    "rotary": _rotary,
+    "attention": _attention,
+    "swiglu_ffn": _swiglu_ffn,
+    "router_logits": _router_logits,
+    "route": _route,
+    "experts": _experts,
+}

@@ -1,0 +1,124 @@
+"""The comparison that every property rests on: a backend's outputs against the specification's, within the limit of the case."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from moge_hal.backend import Backend
+from moge_hal.conformance.cases import Case
+from moge_hal.conformance.inputs import Args, draw
+from moge_hal.conformance.limits import limit, worst_row
+from moge_hal.conformance.oracle import Outputs, Permuted, exact, run, weights_for, widen
+from moge_hal.conformance.routing import check_route
+from moge_hal.conformance.verdict import Failure, Verdict
+
+# What an operation sums over; the longest of them is the n of its limit.
+_REDUCED = {
+    "linear": "I",
+    "rms_norm": "D",
+    "add_rms_norm": "D",
+    "attention": "S d",
+    "swiglu_ffn": "D F",
+    "router_logits": "D",
+    "route": "E",
+    "experts": "D F K",
+}
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What an output must be like: its dtype, and how far off it may be."""
+
+    dtype: torch.dtype
+    limit: float
+
+
+def longest_reduction(case: Case) -> int:
+    """n of the limit."""
+    letters = _REDUCED.get(case.op, "").split()
+    return max((case.sizes[letter] for letter in letters), default=1)
+
+
+def measure(case: Case, args: Args) -> list[Allowance]:
+    """The allowance of each output for these inputs, from plain torch as written and permuted."""
+    answers = [run(peer, case.op, args) for peer in (Backend(), Permuted(case.key))]
+    if case.op == "route":  # each peer's weights are judged for its own ids
+        exacts = [(ids, _weights_for(ids, args)) for ids, _ in answers]
+    else:
+        exacts = [exact(case.op, args)] * 2
+    n = longest_reduction(case)
+    return [
+        _allowance([answer[i] for answer in answers], [want[i] for want in exacts], n)
+        for i in range(len(answers[0]))
+    ]
+
+
+def _allowance(answers: list[Tensor], exacts: list[Tensor], n: int) -> Allowance:
+    dtype = answers[0].dtype
+    if not dtype.is_floating_point:
+        return Allowance(dtype, 0.0)
+    p = max(worst_row(got, want) for got, want in zip(answers, exacts, strict=True))
+    return Allowance(dtype, limit(p, dtype, n))
+
+
+def _weights_for(ids: Tensor, args: Args) -> Tensor:
+    wide = widen(args)
+    return weights_for(ids, wide["logits"], wide["spec"], wide["scale"])
+
+
+@lru_cache(maxsize=16)
+def _own(case: Case) -> tuple[Outputs, list[Allowance]]:
+    args = draw(case)
+    return exact(case.op, args), measure(case, args)
+
+
+def allowances(case: Case) -> list[Allowance]:
+    """Those of the case's own inputs, one an output."""
+    return _own(replace(case, property=""))[1]
+
+
+def check(
+    case: Case,
+    got: Outputs,
+    args: Args | None = None,
+    allowed: list[Allowance] | None = None,
+    what: str = "",
+) -> Verdict:
+    """Shape, dtype and values of what a backend returned; raises `Failure`.
+
+    args: other inputs than the case's own, `what` they are, for the message. allowed: None = the case's own allowances.
+    """
+    where = f"{what}: " if what else ""
+    allowed = allowed or allowances(case)
+    want = _own(replace(case, property=""))[0] if args is None else exact(case.op, args)
+    if len(got) != len(want):
+        raise Failure(f"{where}{len(got)} outputs instead of {len(want)}")
+    names = [
+        f"{where}output {i}" if len(want) > 1 else f"{where}the output" for i in range(len(want))
+    ]
+    for name, has, must, allowance in zip(names, got, want, allowed, strict=True):
+        if has.shape != must.shape or has.dtype != allowance.dtype:
+            found, wanted = _form(has.shape, has.dtype), _form(must.shape, allowance.dtype)
+            raise Failure(f"{name} is {found}, must be {wanted}")
+    if case.op == "route":
+        return check_route(draw(case) if args is None else args, *got, allowed[1].limit, where)
+    verdicts = []
+    for name, has, must, allowance in zip(names, got, want, allowed, strict=True):
+        error = worst_row(has, must)
+        if error > allowance.limit:
+            raise Failure(f"{name} is wrong in its worst row", error, allowance.limit)
+        verdicts.append(Verdict(error, allowance.limit))
+    return worst(verdicts)
+
+
+def worst(verdicts: list[Verdict]) -> Verdict:
+    """The one that came nearest to its limit."""
+    return max(
+        verdicts, key=lambda v: (v.error or 0.0) / v.limit if v.limit else 0.0, default=Verdict()
+    )
+
+
+def _form(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"

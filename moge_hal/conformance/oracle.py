@@ -1,0 +1,123 @@
+"""What is right: the specification, run in float64. And its peers, which say how well plain torch does in another dtype.
+
+A composite runs in float64 from its inputs on. A peer is the same code in the case's dtype: as written, and with every contraction
+axis permuted, which is the cheapest of all other legitimate kernels.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moge_hal import ops
+from moge_hal.backend import Backend
+from moge_hal.conformance.inputs import Args, order
+from moge_hal.router import RouteSpec
+
+Outputs = tuple[Tensor, ...]
+
+
+class Permuted(Backend):
+    """The specification, with the axes that are summed over in another order. Without a cache only."""
+
+    name = "permuted"
+
+    def __init__(self, seed: str) -> None:
+        super().__init__()
+        self.seed = seed
+
+    def _order(self, count: int) -> Tensor:
+        return order(f"{self.seed}/order{count}", count)
+
+    def linear(self, x: Tensor, w: Any, b: Tensor | None = None) -> Tensor:
+        i = self._order(x.shape[1])
+        return ops.linear(x[:, i], w[:, i], b)
+
+    def router_logits(self, x: Tensor, w: Any) -> Tensor:
+        i = self._order(x.shape[1])
+        return ops.router_logits(x[:, i], w[:, i])
+
+    def rms_norm(self, x: Tensor, w: Any, eps: float) -> Tensor:
+        i = self._order(x.shape[1])
+        return ops.rms_norm(x[:, i], w[i], eps)[:, i.argsort()]
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: Any, positions: Tensor
+    ) -> tuple[Tensor, Any]:
+        i, j = self._order(q.shape[3]), self._order(q.shape[1])
+        q, k = q[..., i], k[..., i]
+        mixed, _ = ops.attention(q[:, j], k[:, j], v[:, j], None, positions[:, j])
+        return mixed[:, j.argsort()], None
+
+    def route(
+        self,
+        logits: Tensor,
+        spec: RouteSpec,
+        scale: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        # Within the groups only, so that ids stay in the order of groups.
+        each = logits.shape[1] // spec.groups
+        i = (torch.arange(0, logits.shape[1], each)[:, None] + self._order(each)).flatten()
+        scale, bias = (None if part is None else part[i] for part in (scale, bias))
+        ids, weights = ops.route(logits[:, i], spec, scale, bias)
+        return i[ids].int(), weights
+
+
+def run(backend: Backend, op: str, args: Args) -> Outputs:
+    """An operation's tensors. A cache is no output: what it holds shows in the next call."""
+    out = getattr(backend, op)(*args.values())
+    if op == "attention":
+        out = out[0]
+    return out if isinstance(out, tuple) else (out,)
+
+
+def widen(args: Args) -> Args:
+    """Floating point as float64."""
+    return {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in args.items()
+    }
+
+
+def exact(op: str, args: Args) -> Outputs:
+    """The specification in float64."""
+    return run(Backend(), op, widen(args))
+
+
+def weights_for(ids: Tensor, logits: Tensor, spec: RouteSpec, scale: Tensor | None) -> Tensor:
+    """The specification's weights for ids that somebody else chose: ids [T, K], logits [T, E] -> [T, K] in the logits' dtype.
+
+    A bias takes part in the selection only, so one that puts all other experts last forces it. An id that cannot be selected
+    (a second one of the same expert, one too many of a group) gets no weight.
+    """
+    chosen = ids.long()
+    force = torch.full_like(logits, -4.0).scatter(1, chosen, 0.0)
+    found, weights = ops.route(logits, spec, scale, force)
+    return torch.zeros_like(logits).scatter(1, found.long(), weights).gather(1, chosen)
+
+
+class Follow(Backend):
+    """The specification, on routes that somebody else took: `follow` them, take a step, read `router`."""
+
+    name = "follow"
+    routes: list[Tensor]  # [T, K] of each layer
+    router: list[Tensor]  # [T, E] logits of each layer so far
+
+    def follow(self, routes: list[Tensor]) -> None:
+        self.routes, self.router = routes, []
+
+    def route(
+        self,
+        logits: Tensor,
+        spec: RouteSpec,
+        scale: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        ids = self.routes[len(self.router)]
+        self.router.append(logits)
+        return ids, weights_for(ids, logits, spec, scale)
+
+
+class FollowPermuted(Follow, Permuted):
+    """The same in another order of summation."""

@@ -1,0 +1,25 @@
+"""What a judgement can be: a verdict, a failure or a skip."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A passed case: the worst error that was seen and what it was allowed to be, if it was measured."""
+
+    error: float | None = None
+    limit: float | None = None
+
+
+class Failure(AssertionError):
+    """The backend is wrong; says how, and by how much if that was measured."""
+
+    def __init__(self, reason: str, error: float | None = None, limit: float | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.error = error
+        self.limit = limit
+
+
+class Skip(Exception):
+    """The case does not apply to this backend; says why. Never counted as a pass."""

@@ -1,0 +1,55 @@
+"""The models that are judged whole: a small one in which everything is random, and the one that the package ships."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from moge_hal.backend import Backend
+from moge_hal.config import Config, preset
+from moge_hal.conformance.cases import Case
+from moge_hal.conformance.inputs import fan, normal, uniform
+from moge_hal.conformance.verdict import Skip
+from moge_hal.load import SHIPPED, load
+from moge_hal.model import skeleton
+
+
+def random_weights(config: Config, seed: int) -> dict[str, Tensor]:
+    """Float32 weights by canonical name, none of them at the value that would hide its absence.
+
+    Biases are not 0, norms and router scales not 1 but in (0.5, 2]: a backend that forgets one of them is wrong by a lot.
+    """
+    weights = {}
+    for name, parameter in skeleton(config).named_parameters():
+        shape, key = tuple(parameter.shape), f"weights/{seed}/{name}"
+        if name.endswith(("norm.weight", "router_scale")):
+            drawn = uniform(key, *shape, low=0.5, high=2.0)
+        elif name.endswith("bias"):
+            drawn = normal(key, *shape, scale=0.5)
+        elif name == "embed_tokens.weight":
+            drawn = normal(key, *shape)
+        else:
+            drawn = normal(key, *shape, scale=fan(shape[-1]))
+        weights[name] = drawn.float()
+    return weights
+
+
+def model_weights(case: Case) -> tuple[Config, Mapping[str, Tensor]]:
+    """The configuration and weights of a `model` case. Raises `Skip` if no model is shipped here."""
+    return _shipped() if "shipped" in case.words else _random(case.sizes["seed"])
+
+
+@lru_cache(maxsize=4)
+def _random(seed: int) -> tuple[Config, Mapping[str, Tensor]]:
+    config = preset("tiny")
+    return config, random_weights(config, seed)
+
+
+@lru_cache(maxsize=1)
+def _shipped() -> tuple[Config, Mapping[str, Tensor]]:
+    if not (SHIPPED / "config.json").is_file():
+        raise Skip("this copy of the package ships no model")
+    model = load(None, Backend(), torch.float32)
+    names = [name for name, _ in skeleton(model.config).named_parameters()]
+    return model.config, {name: model.weights[name].float() for name in names}

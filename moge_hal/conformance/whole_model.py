@@ -1,0 +1,165 @@
+"""What a whole model must keep, through `Model.step` alone: eager and graph backends alike.
+
+Every property plays a scene with the backend's model and lets the oracle follow (`forced.py`): however a text is cut into steps,
+its logits are those of one pass.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from moge_hal.bind import bind
+from moge_hal.config import preset
+from moge_hal.conformance.caching import chunk_sizes, ragged_positions, spoil
+from moge_hal.conformance.cases import Case
+from moge_hal.conformance.forced import Oracle, play
+from moge_hal.conformance.inputs import integers
+from moge_hal.conformance.subject import Subject
+from moge_hal.conformance.verdict import Failure, Verdict
+from moge_hal.conformance.weights import model_weights, random_weights
+from moge_hal.errors import CacheFullError, UserError
+from moge_hal.runtime import Model
+
+OTHER_DTYPES = (torch.bfloat16, torch.float16, torch.float64, torch.int8)
+
+
+@lru_cache(maxsize=4)
+def _oracle(case: Case) -> Oracle:
+    return Oracle(*model_weights(case))
+
+
+def _scene(
+    subject: Subject, case: Case, batch: int, length: int
+) -> tuple[Model, Oracle, Tensor, Tensor]:
+    """The backend's model, the oracle, and random ids with their positions [B, S]."""
+    config, weights = model_weights(case)
+    ids = integers(f"{case.id}/ids", batch, length, low=0, high=config.vocab_size)
+    positions = torch.arange(length).repeat(batch, 1)
+    model = subject.model(case.shape, config, weights)
+    return model, _oracle(replace(case, property="")), ids, positions
+
+
+def one_pass(subject: Subject, case: Case) -> Verdict:
+    """Whole rows without a cache.
+
+    Guards against: the bias of the output projection left out; router_scale forgotten; a norm applied before the residual instead
+    of after; a shared expert counted once a rank: what each operation's own cases cannot see, because the model is at fault.
+    """
+    model, oracle, ids, positions = _scene(subject, case, 2, 33)
+    return oracle.check(play(model, ids, positions, [33], None)[0])
+
+
+def decode(subject: Subject, case: Case) -> Verdict:
+    """A prompt, then a token at a time.
+
+    Guards against: a decode path of its own (one row, another kernel) that drifts from prefill; positions that start at 0 again.
+    """
+    model, oracle, ids, positions = _scene(subject, case, 2, 21)
+    sizes = [13, *[1] * 8]
+    return oracle.check(play(model, ids, positions, sizes, model.new_cache(2, 24))[0])
+
+
+def chunks(subject: Subject, case: Case) -> Verdict:
+    """Prefill in chunks of odd sizes.
+
+    Guards against: masks that suppose an empty cache; shapes that a compiled step was specialised to.
+    """
+    model, oracle, ids, positions = _scene(subject, case, 1, 50)
+    return oracle.check(play(model, ids, positions, chunk_sizes(50), model.new_cache(1, 64))[0])
+
+
+def long(subject: Subject, case: Case) -> Verdict:
+    """A prompt of 531 tokens, then 2 more.
+
+    Guards against: rotary tables or masks of a fixed length; angles computed in low precision, which are right for the first
+    hundred positions; blocks of 512 whose second one is wrong.
+    """
+    model, oracle, ids, positions = _scene(subject, case, 1, 533)
+    return oracle.check(play(model, ids, positions, [531, 1, 1], model.new_cache(1, 600))[0])
+
+
+def ragged(subject: Subject, case: Case) -> Verdict:
+    """Rows padded left, right and on both sides, then decoded each at its own position, some of them padding again.
+
+    Guards against: padding that takes a slot, a position, or an expert's capacity; a NaN of a padding row that the next layer
+    spreads. Rows end at different times: a finished row is fed padding while the others go on.
+    """
+    model, oracle, ids, positions = _scene(subject, case, 4, 22)
+    positions = ragged_positions(4, 22)
+    cache = model.new_cache(4, 24)
+    return oracle.check(play(model, ids, positions, [9, 8, 1, 1, 1, 1, 1], cache)[0])
+
+
+def stale(subject: Subject, case: Case) -> Verdict:
+    """Two prompts one after the other, each with a new cache: the second sees nothing of the first.
+
+    Guards against: buffers that are handed out again without being cleared, and a length that is not reset.
+    """
+    model, oracle, ids, positions = _scene(subject, case, 2, 40)
+    play(model, ids, positions, [38, 1, 1], model.new_cache(2, 48))
+    ids, positions = ids.flip(1)[:, :15], positions[:, :15]
+    return oracle.check(play(model, ids, positions, [11, 1, 1, 2], model.new_cache(2, 48))[0])
+
+
+def unwritten(subject: Subject, case: Case) -> Verdict:
+    """A cache full of NaN instead of zeros: a slot that nobody has written must not reach the logits.
+
+    Guards against: 0 * NaN in an attention that masks the scores and multiplies all values.
+    """
+    model, oracle, ids, positions = _scene(subject, case, 2, 19)
+    cache = model.new_cache(2, 24)
+    spoil(cache)
+    return oracle.check(play(model, ids, positions, [17, 1, 1], cache)[0])
+
+
+def cache_full(subject: Subject, case: Case) -> Verdict:
+    """A step beyond the capacity is an error before anything is written, and the last slot is usable.
+
+    Guards against: a capacity off by one; writes that wrap around over the first tokens; an error that leaves half a step behind.
+    """
+    model, oracle, ids, positions = _scene(subject, case, 2, 12)
+    before, cache = play(model, ids[:, :8], positions[:, :8], [8], model.new_cache(2, 9))
+    try:
+        model.step(ids[:, 8:], positions[:, 8:], cache)
+    except CacheFullError:
+        pass
+    else:
+        raise Failure("a step of 4 tokens into the last slot of a cache of 9 is no error")
+    after, _ = play(model, ids[:, 8:9], positions[:, 8:9], [1], cache)
+    return oracle.check(before.then(after))
+
+
+def dtype(subject: Subject, case: Case) -> Verdict:
+    """A parameter type that the backend does not name among its own is a clear error when the model is bound.
+
+    Guards against: a silent conversion, or a crash in the middle of the first step.
+    """
+    config = preset("tiny")
+    weights = random_weights(config, 0)
+    for other in OTHER_DTYPES:
+        if other in subject.backend.dtypes:
+            continue
+        try:
+            bind(config, weights, subject.backend, dtype=other)
+        except UserError as error:
+            if str(other).removeprefix("torch.") not in str(error):
+                raise Failure(f"the refusal of {other} does not name it: {error}") from None
+        else:
+            raise Failure(f"{other} was accepted, which is not among the backend's dtypes")
+    return Verdict()
+
+
+PROPERTIES: dict[str, Callable[[Subject, Case], Verdict]] = {
+    "one-pass": one_pass,
+    "decode": decode,
+    "chunks": chunks,
+    "long": long,
+    "ragged": ragged,
+    "stale": stale,
+    "unwritten": unwritten,
+    "cache-full": cache_full,
+    "dtype": dtype,
+}
