@@ -117,7 +117,9 @@ def _clamp(
     return str(b.Clip(x, *(None if n is None else kind(n) for n in bounds)))
 
 
-def _to(b: Builder, out: Result, x: Value, *args: Any, **options: Any) -> str:
+def _to(b: Builder, out: Result, x: Value, *args: Any, **options: Any) -> "str | Value":
+    if x.dtype == out.dtype:
+        return x
     return str(b.Cast(x, to=onnx_type(out.dtype)))
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 OPSET = 17  # the newest that every consumer reads, compilers for NPUs included
@@ -24,6 +25,7 @@ class Value:
 
     name: str
     shape: tuple[Any, ...]
+    dtype: torch.dtype
     pieces: tuple[str, ...] = field(default=())
 
 

@@ -103,7 +103,7 @@ class _Walk:
 
     def _input(self, node: fx.Node, name: str, axes: Mapping[int, str]) -> onnx.ValueInfoProto:
         shape = _sizes(node.meta["val"])
-        self.values[node] = Value(name, shape)
+        self.values[node] = Value(name, shape, node.meta["val"].dtype)
         for axis, label in axes.items():
             symbol = str(shape[axis])
             if isinstance(shape[axis], int):
@@ -134,7 +134,7 @@ class _Walk:
         self.owners[node] = local.rpartition(".")[0]
         names = tuple(p.name for p in pieces)
         single = names[0] if len(names) == 1 else ""
-        self.values[node] = Value(single, shape, () if single else names)
+        self.values[node] = Value(single, shape, tensor.dtype, () if single else names)
 
     def _call(self, node: fx.Node) -> None:
         if not _is_tensor(node.meta.get("val")):
@@ -163,7 +163,8 @@ class _Walk:
     def _named(self, made: Any, result: Any) -> Any:
         if isinstance(result, tuple | list):
             return [self._named(m, r) for m, r in zip(made, result, strict=True)]
-        return Value(made.name if isinstance(made, Value) else made, _sizes(result))
+        name = made.name if isinstance(made, Value) else made
+        return Value(name, _sizes(result), result.dtype)
 
     def _argument(self, argument: Any) -> Any:
         if isinstance(argument, tuple | list):

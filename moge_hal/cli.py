@@ -185,7 +185,7 @@ def train(
     ] = 200,
     backend: BackendOption = None,
 ) -> None:
-    """Pre-train a model from text. Interrupted, the same command goes on where it was, bit for bit."""
+    """Pre-train a model from text. Interrupted, the same command goes on, bit for bit."""
     import torch
 
     from moge_hal.config import preset as named
@@ -258,8 +258,8 @@ def balance(
     else:
         table = Table(
             title=f"{len(ids) // CALL * CALL} tokens of real text, in calls of {CALL}",
-            caption="busiest: rows of the busiest device over the mean; score: the imbalance score, "
-            "(most - fewest rows) / tokens; both are means over layers and calls. "
+            caption="busiest: rows of the busiest device over the mean; score: the imbalance "
+            "score, (most - fewest rows) / tokens; both are means over layers and calls. "
             "load: rows of each device over the mean, whole text.",
             title_justify="left",
             caption_justify="left",

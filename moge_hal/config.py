@@ -156,6 +156,11 @@ class Config:
         rope = data.get("rope_parameters") or {}
         if "rope_theta" not in values and "rope_theta" in rope:
             values["rope_theta"] = rope["rope_theta"]
+        for name in ("bos_token_id", "eos_token_id"):
+            if isinstance(values.get(name), list) and values[name]:
+                values[name] = values[name][
+                    0
+                ]  # some releases list several; the first ends an answer
         if "num_groups" not in values and "num_experts_per_tok" in values:
             values["num_groups"] = values["num_experts_per_tok"]
         if "head_dim" not in values and {"hidden_size", "num_attention_heads"} <= values.keys():

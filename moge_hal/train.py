@@ -161,6 +161,7 @@ def train(
     assert isinstance(transformer, Transformer)  # what `bind` gives in mode "train"
     parameters = dict(transformer.named_parameters())
     optimizer = _optimizer(parameters.values(), recipe)
+    batch(tokens.tokens, recipe.seed, 0, recipe.rows, recipe.length)  # refuses too short a text
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -352,8 +352,10 @@ torch.set_num_threads(1)
 small, full, half = map(Path, sys.argv[1:])
 cpu = "moge_hal.backends.cpu:CpuBackend"
 load(small, cpu)  # imported once for all
-for folder, dtype in ((full, None), (half, None), (full, "bfloat16"), (half, "bfloat16")):
-    peak(lambda: load(folder, cpu, dtype))
+for folder in (full, half):
+    peak(lambda: load(folder, cpu))
+for folder in (full, half):
+    peak(lambda: load(folder, "moge_hal.backend:Backend", "bfloat16"))
 peak(save_again)
 """
 

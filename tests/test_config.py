@@ -2,7 +2,7 @@
 
 import json
 import resource
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def test_every_field_survives(tmp_path: Path) -> None:
         "eos_token_id": 0,
     }
     config = preset("tiny", **changes)
-    assert {f.name for f in fields(Config) if f.default is not f.default_factory} == set(changes)
+    assert {f.name for f in fields(Config) if f.default is not MISSING} == set(changes)
     path = tmp_path / "config.json"
     path.write_text(config.to_json(), "utf-8")
     assert Config.from_json(path) == config
@@ -81,13 +81,13 @@ def test_every_field_survives(tmp_path: Path) -> None:
 
 
 def test_tiny_tells_sizes_apart() -> None:
-    """Swapped axes must not go unnoticed in tests: no two sizes are equal, and k is above 1."""
-    values = list(TINY.sizes.values())
-    assert len(set(values) - {2}) == len(values) - values.count(2)  # L = Hkv = 2
-    assert TINY.num_experts // TINY.num_groups not in values
+    """Tests must notice swapped axes, which 64 experts in 8 groups of 8 would hide."""
+    size = TINY.sizes
+    apart = [size[letter] for letter in ("D", "d", "E", "G", "K", "F", "Fs", "V")]
+    apart += [size["E"] // size["G"], size["K"] // size["G"], size["H"] * size["d"]]
+    assert len(set(apart)) == len(apart)
+    assert 1 < size["Hkv"] < size["H"]
     assert TINY.route == RouteSpec(groups=3, k=6)
-    assert TINY.route.score == "softmax"
-    assert not TINY.route.renormalise
     assert PRESETS["pangu-pro-moe-72b"].route == RouteSpec(groups=8, k=8)
 
 

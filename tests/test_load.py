@@ -53,14 +53,14 @@ def test_mixed_dtypes_lose_nothing(saved: Path) -> None:
     name = "model.layers.0.mlp.experts.{}.down_proj.weight"
 
     def narrow(tensors: dict[str, Tensor]) -> None:
-        tensors[name.format(3)] = tensors[name.format(3)].bfloat16()
+        tensors[name.format(0)] = tensors[name.format(0)].bfloat16()
         tensors[name.format(4)] = tensors[name.format(4)].half()
 
     rewrite(saved, narrow)
     down = initial_weights(TINY, 0)["layers.0.mlp.experts.down"]
     read = Checkpoint(saved, TINY)["layers.0.mlp.experts.down"]
     assert torch.equal(read[5], down[5])
-    assert torch.equal(read[3], down[3].bfloat16().float())
+    assert torch.equal(read[0], down[0].bfloat16().float())
     assert torch.equal(read[4], down[4].half().float())
 
 
@@ -258,3 +258,20 @@ def test_environment_applies(saved: Path, monkeypatch: pytest.MonkeyPatch) -> No
     model = load(saved)
     assert model.backend.name == "null"
     assert {c.op: c.reason for c in model.choices}["experts"] == "asked for by MOGE_HAL_OPS"
+
+
+class Helpless(Backend):
+    """Overrides an operation and cannot serve it."""
+
+    def experts(self, *args: Any) -> Tensor:
+        raise AssertionError("bound although it said no")
+
+    def why_not(self, facts: Any) -> str | None:
+        return "no hands"
+
+
+def test_strict(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert torch.equal(load(saved, Helpless())(IDS), model_of(TINY)(IDS))
+    monkeypatch.setenv("MOGE_HAL_STRICT", "1")
+    with pytest.raises(UserError, match=r"experts \(no hands\)"):
+        load(saved, Helpless())

@@ -85,7 +85,7 @@ def swiglu_ffn(x: Array, gate_up: Array, down: Array) -> Array:
         * float(gate_up[width + i] @ x)
         for i in range(width)
     ]
-    return down @ np.array(inner)
+    return np.asarray(down @ np.array(inner))
 
 
 def route(
