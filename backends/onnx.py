@@ -1,12 +1,12 @@
-"""The ONNX backend: its operations are lowerings, and what runs is the exported graph, in ONNX Runtime.
+"""The ONNX backend: its operations are lowerings; the exported graph runs in ONNX Runtime.
 
-A folder that holds `model.onnx` is opened as it lies, any other checkpoint is exported once into the cache (MOGE_HAL_CACHE).
-The builders behind the lowerings are in `export/`.
+A folder that holds `model.onnx` is opened as it lies, any other checkpoint is exported once into
+the cache (MOGE_HAL_CACHE). The builders behind the lowerings are in `export/`.
 """
 
 import importlib.util
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +21,8 @@ from moge_hal.export.library import Lowering
 from moge_hal.model import Transformer
 from moge_hal.shards import has_weights
 
-# What needs onnx and ONNX Runtime is imported where it is used, so that `probe` can say that they are missing.
+# What needs onnx and ONNX Runtime is imported where it is used, so that `probe` can say that they
+# are missing.
 
 
 class OnnxBackend(Lowering):
@@ -33,7 +34,11 @@ class OnnxBackend(Lowering):
         for package in ("onnx", "onnxruntime"):
             if importlib.util.find_spec(package) is None:
                 return Probe(False, f"{package} is not installed.", f"pip install {package}")
-        return Probe(True, device=f"ONNX Runtime {version('onnxruntime')}, CPUExecutionProvider")
+        try:
+            number = version("onnxruntime")
+        except PackageNotFoundError:
+            number = "of another name"  # onnxruntime-gpu and its like
+        return Probe(True, device=f"ONNX Runtime {number}, CPUExecutionProvider")
 
     def new_cache(
         self, config: Config, batch: int, capacity: int, dtype: torch.dtype
@@ -42,12 +47,13 @@ class OnnxBackend(Lowering):
 
     def compile(self, step: Any, example: tuple[Any, ...], dynamic: Mapping[str, int]) -> Any:
         """A session for any module; a whole model's speaks the dialect of an exported folder."""
+        from moge_hal.export.compiled import CompiledModule
         from moge_hal.export.folder import unbound, write_model
-        from moge_hal.export.session import CompiledModule, OnnxStep
+        from moge_hal.export.session import OnnxStep
 
         if not isinstance(step, Transformer):
             return CompiledModule(step, example, dynamic)
-        folder = TemporaryDirectory(prefix="moge_hal.")
+        folder = TemporaryDirectory(prefix="moge_hal.", ignore_cleanup_errors=True)
         weights = dict(step.named_parameters())
         write_model(unbound(step.config, weights), Path(folder.name), step)
         compiled = OnnxStep(Path(folder.name) / GRAPH, step.config)

@@ -1,4 +1,5 @@
-"""ONNX out of the one model: `to_onnx(model, folder)`. README.md says what a folder holds and how each runtime opens it.
+"""ONNX out of the one model: `to_onnx(model, folder)`. README.md says what a folder holds and how
+each runtime opens it.
 
 Importing this package loads neither onnx nor ONNX Runtime; using it does.
 """

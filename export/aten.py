@@ -1,7 +1,9 @@
-"""The few plain torch nodes that the model's own code makes between operations: sizes, views, a little integer arithmetic.
+"""The few plain torch nodes that the model's own code makes between operations: sizes, views, a
+little integer arithmetic.
 
-A rule gets the graph, the node's result (shape and dtype) and its arguments, and returns the names of its outputs. A node without
-a rule is an error that names it: what costs time belongs into an operation of the backend, with a builder of its own.
+A rule gets the graph, the node's result (shape and dtype) and its arguments, and returns the names
+of its outputs. A node without a rule is an error that names it: what costs time belongs into an
+operation of the backend, with a builder of its own.
 """
 
 from collections.abc import Callable

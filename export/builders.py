@@ -1,8 +1,9 @@
-"""One builder an operation: the formula of its docstring, written as ONNX nodes of the standard domain.
+"""How each operation is written in ONNX's standard operators; every builder says its formula first.
 
-What an operation means is `moge_hal.ops`. A builder gets the graph, the operator's arguments (`Value`s, None and static numbers) and
-returns the names of its outputs. Whole numbers are int64 inside the graph. Every T works, the empty one included: a Reshape never
-has to infer a size beside one that may be zero.
+What an operation means is `moge_hal.ops`. A builder gets the graph, the operator's arguments
+(`Value`s, None and static numbers) and returns the names of its outputs. Whole numbers are int64
+inside the graph. Every T works, the empty one included: a Reshape never has to infer a size beside
+one that may be zero.
 """
 
 from collections.abc import Callable
@@ -13,9 +14,8 @@ from onnx import TensorProto
 
 from moge_hal.export.graph import Builder, Value
 
-LOWEST = float(
-    np.finfo(np.float32).min
-)  # a masked score; finite, so that a row that sees nothing is no NaN
+# A masked score; finite, so that a row that sees nothing is no NaN.
+LOWEST = float(np.finfo(np.float32).min)
 
 
 def embed(b: Builder, ids: Value, w: Value) -> str:
@@ -84,7 +84,7 @@ def attention_append(
     seen: Value,
     positions: Value,
 ) -> tuple[str, str, str]:
-    """key' = (key, k), value' = (value, v); y = softmax(q key'T / sqrt(d), over slots no later that are no holes) value'."""
+    """K = (key, k), V = (value, v); y = softmax(q KT / sqrt(d), over earlier slots, no holes) V."""
 
     def visible() -> tuple[str, str]:
         valid = b.Concat(seen, b.GreaterOrEqual(positions, 0), axis=1)  # [B, N]
@@ -107,7 +107,7 @@ def _rows(q: Value, k: Value) -> int:
 
 
 def _query_of_row(b: Builder, q: Value, k: Value, positions: Value) -> str:
-    """0 0 .. 1 1 .. S-1: the r heads of a query are r rows of the matrix that meets one key-value head."""
+    """0 0 .. 1 1 .. S-1: a query's r heads are r rows of the matrix that meets a key-value head."""
     rows = b.Mul(b.size(positions, 1), _rows(q, k))
     return str(b.Div(b.Range(0, rows, 1), _rows(q, k)))
 
@@ -115,7 +115,10 @@ def _query_of_row(b: Builder, q: Value, k: Value, positions: Value) -> str:
 def _attend(
     b: Builder, q: Value, k: Value, key: str, value: str, valid: str, visible: str, positions: Value
 ) -> str:
-    """softmax(q keyT / sqrt(d)) value: q [B, S, H, d], key and value [B, Hkv, N, d], valid [B, N], visible [.., S*r, N]."""
+    """y = softmax(q keyT / sqrt(d), where visible) value; every key-value head is read once.
+
+    q [B, S, H, d], key and value [B, Hkv, N, d], valid [B, N], visible [1 or B, 1, S*r, N].
+    """
     heads, kv_heads, size = q.shape[2], k.shape[2], q.shape[3]
     rows = heads // kv_heads
 
@@ -163,9 +166,11 @@ def route(
     renormalise: bool,
     factor: float,
 ) -> tuple[str, str]:
-    """s = softmax(logits) or sigmoid; ids = the k/G best of s + bias in every group; w = s[ids] (/ sum) * factor * scale[ids].
+    """s = softmax(logits) or sigmoid(logits); ids = the k/G best of s + bias in every group;
+    w = s[ids] * factor * scale[ids], after dividing s[ids] by their sum if renormalise.
 
-    limit_groups = n: the k best of the n groups whose two best sum highest. ONNX's TopK gives the lowest index on a tie.
+    limit_groups = n: ids = the k best of the n groups whose two best sum highest. On a tie ONNX's
+    TopK gives the lowest index.
     """
     experts = logits.shape[1]
     members = experts // groups
@@ -203,10 +208,12 @@ def _best(
 def experts(
     b: Builder, x: Value, gate_up: Value, down: Value, ids: Value, weights: Value, first: int
 ) -> str:
-    """y[t] = sum over k of weights[t, k] * swiglu_ffn(x[t]) of expert ids[t, k], for first <= ids < first + El.
+    """y[t] = sum over j of weights[t, j] * swiglu_ffn(x[t]; expert ids[t, j]), over the experts
+    first .. first + El - 1 that are here.
 
-    The (token, expert) rows are sorted by expert and cut with ONE Split whose sizes are computed, so an expert does the work of
-    its own rows and none touches another's: T*K rows in all, whatever E. Rows of experts that lie elsewhere never enter.
+    The (token, expert) rows are sorted by expert and cut with ONE Split whose sizes are computed,
+    so an expert does the work of its own rows and none touches another's: T*K rows in all, whatever
+    E. Rows of experts that lie elsewhere never enter.
     """
     local, hidden, _ = down.shape
     k = ids.shape[1]

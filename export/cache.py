@@ -1,7 +1,9 @@
-"""The cache of an exported graph: keys and values that grow by appending, as the ecosystem's models do it.
+"""The cache of an exported graph: keys and values that grow by appending, as the ecosystem's models
+do it.
 
-Slot j holds the row's j-th token so far, padding included, so a mask says which slots are holes. A row's tokens come in order
-(`moge_hal.cache`), so order of slots is order of positions, and causal by slot is causal by position.
+Slot j holds the row's j-th token so far, padding included, so a mask says which slots are holes. A
+row's tokens come in order (`moge_hal.cache`), so order of slots is order of positions, and causal
+by slot is causal by position.
 """
 
 from dataclasses import dataclass
@@ -15,7 +17,9 @@ from moge_hal.config import Config
 
 
 class AppendLayer(NamedTuple):
-    """One layer's past: key and value [B, Hkv, P, d], seen [B, P] bool: False where a slot is padding and may hold anything."""
+    """One layer's past: key and value [B, Hkv, P, d], seen [B, P] bool: False where a slot is
+    padding and may hold anything.
+    """
 
     key: Tensor
     value: Tensor

@@ -1,4 +1,6 @@
-"""An exported graph against the specification, run by torch on the same weights: prefill, decode, a batch with padding."""
+"""An exported graph against the specification, run by torch on the same weights: prefill, decode, a
+batch with padding.
+"""
 
 from collections.abc import Mapping
 
@@ -15,9 +17,12 @@ from moge_hal.export.session import OnnxStep
 from moge_hal.router import RouteSpec
 
 EXACT = 10**8  # parameters up to which the judge computes in float64
-# Worst error of a row of logits relative to its largest; the rounding of a few float32 layers stays ten times below.
+# Worst error of a row of logits relative to its largest; the rounding of a few float32 layers stays
+# ten times below.
 LIMITS = {torch.float64: 2e-5, torch.float32: 2e-4}
 NEAR_TIE = 1e-4  # how far below the best expert left out a chosen one's score may lie, relative
+
+REPORT = "nothing was written; please report it"
 
 
 class CheckError(UserError):
@@ -25,10 +30,11 @@ class CheckError(UserError):
 
 
 def check_step(step: OnnxStep, config: Config, weights: Mapping[str, Tensor]) -> float:
-    """The worst relative error of the logits. Raises `CheckError` that says which call differs and by how much.
+    """The worst relative error of the logits. Raises `CheckError` that says which call differs and
+    by how much.
 
-    Chosen experts are judged by margin and then forced onto the judge: a near tie may fall either way in float32, and then
-    everything after it differs.
+    Chosen experts are judged by margin and then forced onto the judge: a near tie may fall either
+    way in float32, and then everything after it differs.
     """
     dtype = torch.float64 if config.count_parameters()[0] <= EXACT else torch.float32
     forced = _Forced()
@@ -46,8 +52,8 @@ def check_step(step: OnnxStep, config: Config, weights: Mapping[str, Tensor]) ->
             error = _relative(out.logits[real].double(), expected.logits[real].double())
             if not error <= LIMITS[dtype]:  # a NaN is an error too
                 raise CheckError(
-                    f"the exported graph differs from the model: call {number} of {name!r} is off by {error:.1e} "
-                    f"of its largest logit (limit {LIMITS[dtype]:.0e}); nothing was written, please report it"
+                    f"the exported graph differs from the model: call {number} of {name!r} is off "
+                    f"by {error:.1e} of its largest logit (limit {LIMITS[dtype]:.0e}); {REPORT}"
                 )
             worst = max(worst, error)
     return worst
@@ -59,7 +65,9 @@ def _relative(got: Tensor, expected: Tensor) -> float:
 
 
 def _sequences(config: Config) -> list[tuple[str, list[tuple[Tensor, Tensor]]]]:
-    """Name and calls (ids, positions) [B, S]. -1 stands before, behind and between the tokens of rows of different lengths."""
+    """Name and calls (ids, positions) [B, S]. -1 stands before, behind and between the tokens of
+    rows of different lengths.
+    """
     context = config.max_position_embeddings
     generator = torch.Generator().manual_seed(0)
     alone = [list(range(n)) for n in (min(7, context),)]
@@ -82,7 +90,8 @@ def _sequences(config: Config) -> list[tuple[str, list[tuple[Tensor, Tensor]]]]:
 class _Forced(Backend):
     """The specification, except that it goes to the experts that it is told.
 
-    pending: for every layer in order, the experts [T, K] and which tokens are real [T]; what padding chooses does not matter.
+    pending: for every layer in order, the experts [T, K] and which tokens are real [T]; what
+    padding chooses does not matter.
     """
 
     name = "judge"
@@ -107,8 +116,6 @@ class _Forced(Backend):
         counts = taken.unflatten(1, groups).sum(-1)
         wrong = (counts != spec.k // spec.groups) | (lowest < missed * (1 - NEAR_TIE))
         if bool(wrong[real].any()):
-            raise CheckError(
-                "the exported graph chooses other experts than the model; nothing was written, please report it"
-            )
+            raise CheckError(f"the exported graph chooses other experts than the model; {REPORT}")
         weights = scores.gather(1, ids)
         return ids.int(), weights if scale is None else weights * ops.up(scale)[ids]

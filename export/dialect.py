@@ -1,9 +1,11 @@
 """The decoder in the dialect of the ecosystem's runtimes, as ONNX.
 
-input_ids [batch, seq], attention_mask [batch, past + seq], position_ids [batch, seq], int64; 0 in the mask is padding,
-past_key_values.N.key and .value [batch, Hkv, past, d] float32
--> logits [batch, seq, V] float32, present.N.key and .value [batch, Hkv, past + seq, d] float32,
-   and on request last: routes [L, batch * seq, K] int64, the experts of every token
+   input_ids, position_ids [batch, seq] int64
+   attention_mask [batch, total] int64: 0 is padding; total = past + seq
+   past_key_values.N.key, past_key_values.N.value [batch, Hkv, past, d] float32
+-> logits [batch, seq, V] float32
+   present.N.key, present.N.value [batch, Hkv, past + seq, d] float32
+   routes [L, batch * seq, K] int64, on request: the experts of every token
 """
 
 from collections.abc import Callable, Mapping
@@ -41,7 +43,7 @@ def route_names(layers: int) -> list[str]:
 def decoder_graph(
     transformer: Transformer, weights: WeightSource, routes: bool = False
 ) -> onnx.ModelProto:
-    """The graph of a transformer that is bound to `Lowering`; only the shapes of its parameters are read."""
+    """The graph of a transformer bound to `Lowering`; of its parameters only shapes are read."""
     config = transformer.config
     layers, heads, size = (
         config.num_hidden_layers,
@@ -107,9 +109,11 @@ class _Dialect(nn.Module):
 
 
 def weights_in(checkpoint: Checkpoint) -> WeightSource:
-    """Initializers that are places in a checkpoint's safetensors, by file name: the graph must be opened beside them.
+    """Initializers that are places in a checkpoint's safetensors, by file name: the graph must be
+    opened beside them.
 
-    A fused or stacked weight is as many initializers as the file has tensors. Raises `UserError` if one is not float32.
+    A fused or stacked weight is as many initializers as the file has tensors. Raises `UserError` if
+    one is not float32.
     """
     return _weights(checkpoint.layout, checkpoint.locate)
 
@@ -131,7 +135,7 @@ def _external(name: str, place: Place, shape: tuple[int, ...]) -> TensorProto:
     tensor = TensorProto(
         name=name, data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL, dims=shape
     )
-    where = {"location": place.file.name, "offset": place.offset, "length": place.length}
+    where = {"location": place.file.resolve().name, "offset": place.offset, "length": place.length}
     for key, value in where.items():
         tensor.external_data.add(key=key, value=str(value))
     return tensor

@@ -9,6 +9,7 @@ from typing import Any
 import onnx
 from torch import Tensor, float32
 
+import moge_hal
 from moge_hal.backend import Step
 from moge_hal.checkpoint import Checkpoint, save
 from moge_hal.config import Config
@@ -23,12 +24,15 @@ from moge_hal.load import load
 from moge_hal.model import Transformer
 from moge_hal.runtime import Model
 
-README = """\
-An ONNX model exported by moge_hal {version}: model.onnx is the graph, its weights lie in the safetensors beside it.
-moge_hal: `MOGE_HAL_BACKEND=onnx moge-hal generate "..." --model .`; any other backend opens this folder too.
-onnxruntime, OpenVINO: input_ids, attention_mask, position_ids and past_key_values.N.key/value in, logits and present.N.key/value out.
-onnxruntime-genai: `onnxruntime_genai.Model(".")`.
-"""
+README = (
+    "An ONNX model, exported by moge_hal {version}: the graph is model.onnx, its weights are in "
+    "the safetensors.\n"
+    'moge_hal: `MOGE_HAL_BACKEND=onnx moge-hal generate "..." --model FOLDER`; other backends open '
+    "it too.\n"
+    "onnxruntime, OpenVINO: from input_ids, attention_mask, position_ids and "
+    "past_key_values.N.key/value to logits and present.N.key/value.\n"
+    "onnxruntime-genai: `onnxruntime_genai.Model(FOLDER)`.\n"
+)
 
 
 def to_onnx(
@@ -42,9 +46,10 @@ def to_onnx(
     """Writes a model as ONNX into a new folder, complete or not at all, and returns the folder.
 
     model: a `Model`, or the folder of a checkpoint, whose weights are then read one at a time.
-    routes: add the experts of every token as a last output. check: compare the graph with torch before it takes its place.
-    progress: told what is being done. Raises `UserError` if the target is no new folder or cannot be written, and `CheckError`
-    if the graph differs from the model; nothing is left behind.
+    routes: add the experts of every token as a last output. check: compare the graph with torch
+    before it takes its place. progress: told what is being done. Raises `UserError` if the target
+    is no new folder or cannot be written, and `CheckError` if the graph differs from the model;
+    nothing is left behind.
     """
     tell = progress or (lambda stage: None)
     target = Path(path).resolve()
@@ -69,7 +74,7 @@ def to_onnx(
 def write_model(
     model: Model, folder: Path, transformer: Transformer | None = None, routes: bool = False
 ) -> Checkpoint:
-    """Writes weights in float32, configuration, tokenizer and graph into an empty folder; returns the weights as they lie.
+    """Fills an empty folder: weights in float32, configuration, tokenizer, graph. -> the weights.
 
     transformer: bound to `Lowering`, for the graph; None = made here.
     """
@@ -83,8 +88,6 @@ def write_model(
 
 def write_extras(folder: Path, config: Config, source: Path | None) -> None:
     """genai_config.json, README.md and, if the source folder has one, generation_config.json."""
-    import moge_hal
-
     text = json.dumps(genai_config(config), indent=2) + "\n"
     (folder / "genai_config.json").write_text(text, encoding="utf-8")
     readme = README.format(version=moge_hal.__version__)
@@ -96,8 +99,8 @@ def write_extras(folder: Path, config: Config, source: Path | None) -> None:
 def genai_config(config: Config) -> dict[str, Any]:
     """What onnxruntime-genai reads (https://onnxruntime.ai/docs/genai/reference/config.html).
 
-    `decoder` is its type for models that it does not know by name. The cache grows by concatenation, so past and present
-    cannot share one buffer.
+    `decoder` is its type for models that it does not know by name. The cache grows by
+    concatenation, so past and present cannot share one buffer.
     """
     end = config.eos_token_id
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": end, "pad_token_id": end}

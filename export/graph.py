@@ -1,4 +1,4 @@
-"""Writes ONNX nodes with readable names: `b.Gemm(x, w, transB=1)` appends a node and returns the name of its output."""
+"""Writes ONNX nodes: `b.Gemm(x, w, transB=1)` appends one and returns its output's name."""
 
 import hashlib
 from collections import Counter
@@ -20,7 +20,8 @@ IR_VERSION = 8
 class Value:
     """A tensor of the graph. shape: a static size is an int, a varying one a torch.SymInt.
 
-    pieces: a fused or stacked weight that lies in the file as several matrices, in order of its rows; name is then empty.
+    pieces: a fused or stacked weight that lies in the file as several matrices, in order of its
+    rows; name is then empty.
     """
 
     name: str
@@ -29,13 +30,13 @@ class Value:
     pieces: tuple[str, ...] = field(default=())
 
 
-# What a node takes: a value or its name, a constant (int = int64 scalar, float = float32 scalar, list = int64 vector,
-# array as it is), or None for an input left out.
+# What a node takes: a value or its name, a constant (int = int64 scalar, float = float32 scalar,
+# list = int64 vector, array as it is), or None for an input left out.
 Input: TypeAlias = "Value | str | int | float | list[int] | np.ndarray[Any, Any] | None"
 
 
 class Builder:
-    """The nodes and constants of one graph. Any operator of the standard domain is a method of that name."""
+    """The nodes and constants of one graph. Every operator of the standard domain is a method."""
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -46,9 +47,11 @@ class Builder:
         self.symbols: dict[str, tuple[str, int]] = {}  # a varying size -> an input and its axis
 
     def __getattr__(self, operator: str) -> Callable[..., Any]:
-        """`outputs`: names of several outputs (or of the only one), below the scope; without it the output is named as its node."""
-        if not onnx.defs.has(operator):
-            raise AttributeError(f"ONNX has no operator {operator!r}")
+        """Appends a node. outputs: their names below the scope, where there are several or the name
+        should be another than the node's.
+        """
+        if not onnx.defs.has(operator, OPSET):
+            raise AttributeError(f"opset {OPSET} has no operator {operator!r}")
 
         def append(*inputs: Input, outputs: tuple[str, ...] = (), **attributes: Any) -> Any:
             name = self._unique(operator)
@@ -72,7 +75,9 @@ class Builder:
         self._scope = outer
 
     def shared(self, name: str, key: Hashable, build: Callable[[], Any]) -> Any:
-        """What `build` writes under the scope `name`, once for every key: later calls get the same values."""
+        """What `build` writes under the scope `name`, once for every key: later calls get the same
+        values.
+        """
         if (name, key) not in self._shared:
             outer, self._scope = self._scope, f"{name}/"
             self._shared[name, key] = build()
@@ -80,7 +85,9 @@ class Builder:
         return self._shared[name, key]
 
     def matrices(self, weight: Value, count: int) -> list[str]:
-        """A weight of `count` matrices, one on top of the other in its leading axes, as so many values [rows, columns]."""
+        """A weight of `count` matrices, one on top of the other in its leading axes, as so many
+        values [rows, columns].
+        """
         if weight.pieces:
             if len(weight.pieces) != count:
                 raise ValueError(f"{len(weight.pieces)} pieces where {count} are needed")
@@ -98,7 +105,9 @@ class Builder:
         return str(self.Gather(self.Shape(x), axis, axis=0))
 
     def length(self, size: Any) -> str | int:
-        """A size as torch knows it: static as it is, a varying one as an int64 scalar read off an input's shape."""
+        """A size as torch knows it: static as it is, a varying one as an int64 scalar read off an
+        input's shape.
+        """
         if isinstance(size, int):
             return size
         if str(size) not in self.symbols:

@@ -1,7 +1,9 @@
-"""The ten operations as `torch.library` operators `moge_hal::<operation>`, so that `torch.export` keeps each as one node.
+"""The ten operations as `torch.library` operators `moge_hal::<operation>`, so that `torch.export`
+keeps each as one node.
 
-An operator's implementation is its specification in `moge_hal.ops`; its fake kernel says only the shapes. `Lowering` is the
-backend that calls them: the one model, bound to it and exported, is a graph of these operators (`walk.py` turns it into ONNX).
+An operator's implementation is its specification in `moge_hal.ops`; its fake kernel says only the
+shapes. `Lowering` is the backend that calls them: the one model, bound to it and exported, is a
+graph of these operators (`walk.py` turns it into ONNX).
 """
 
 from collections.abc import Callable
@@ -21,7 +23,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[_Function], _Function]:
-    """Defines `moge_hal::name`, given its fake kernel; decorates the implementation, and gives the operator.
+    """Defines `moge_hal::name`, given its fake kernel; decorates the implementation, and gives the
+    operator.
 
     A fake kernel must return distinct tensors: torch.export merges two outputs that are one object.
     """
@@ -100,7 +103,9 @@ def _fake_append(
 def _attention_append(
     q: Tensor, k: Tensor, v: Tensor, key: Tensor, value: Tensor, seen: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The specification on a cache whose slots are those of the row's tokens, counted without the holes."""
+    """The specification on a cache whose slots are those of the row's tokens, counted without the
+    holes.
+    """
     batch, kv_heads, past, size = key.shape
     valid = torch.cat([seen, positions >= 0], 1)
     places = torch.where(valid, valid.cumsum(1) - 1, -1)
@@ -143,7 +148,8 @@ def _route(
 
 
 @_operator(
-    "experts(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights, int first) -> Tensor",
+    "experts(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights, int first) "
+    "-> Tensor",
     lambda x, gate_up, down, ids, weights, first: _like(x),
 )
 def _experts(
@@ -166,7 +172,9 @@ def split_mask(attention_mask: Tensor, position_ids: Tensor, key: Tensor) -> tup
 
 
 class Lowering(Backend):
-    """Every operation is one operator of the graph. It runs under export, or eagerly as the specification."""
+    """Every operation is one operator of the graph. It runs under export, or eagerly as the
+    specification.
+    """
 
     name = "lowering"
     graph = True

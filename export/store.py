@@ -1,7 +1,8 @@
-"""Exports of plain checkpoints, kept in the cache folder: made once, found again by what the checkpoint is.
+"""Exports of plain checkpoints, kept in the cache folder: made once, found again by what the
+checkpoint is.
 
-A float32 checkpoint is not copied: the entry is the graph alone, whose weights stay where they are. Another one is converted,
-and the entry is a whole model folder.
+A float32 checkpoint is not copied: the entry is the graph alone, whose weights stay where they are.
+Another one is converted, and the entry is a whole model folder.
 """
 
 import hashlib
@@ -25,13 +26,14 @@ from moge_hal.model import Transformer
 from moge_hal.registry import settings
 from moge_hal.shards import Place
 
-SEAL = "sealed.json"  # sizes of the entry's files and the graph's digest: what it must still be when it is used
+SEAL = "sealed.json"  # sizes of the entry's files and the graph's digest, as they must still be
 
 
 def cached_export(folder: Path, config: Config) -> tuple[Path, Path]:
-    """The graph's file and the folder of its weights, for a checkpoint; exported first if the cache has no sound entry.
+    """The graph's file and the folder of its weights; exported first if there is no sound entry.
 
-    Says so in one line on stderr. Raises `UserError` if the checkpoint is unsound or the cache cannot be written.
+    One line on stderr says so. Raises `UserError` if the checkpoint is unsound or the cache cannot
+    be written.
     """
     checkpoint = Checkpoint(folder, config)
     places = [checkpoint.locate(n) for r in checkpoint.layout.values() for n in r.names]
@@ -44,14 +46,16 @@ def cached_export(folder: Path, config: Config) -> tuple[Path, Path]:
 
 
 def _weights_folder(places: list[Place]) -> Path | None:
-    """The one folder in which all weights really lie (a hub's snapshot holds links), None if they must be converted."""
+    """The one folder in which all weights really lie (a hub's snapshot holds links), None if they
+    must be converted.
+    """
     folders = {place.file.resolve().parent for place in places}
     floats = all(place.dtype == torch.float32 for place in places)
     return folders.pop() if floats and len(folders) == 1 else None
 
 
 def _key(config: Config, places: list[Place]) -> str:
-    """Changes with the weights' files, where they lie, the configuration, and the exporter itself."""
+    """Changes with the weights' files, where they lie, the configuration and the exporter."""
     digest = hashlib.sha256(f"{moge_hal.__version__} {config}".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())

@@ -1,7 +1,9 @@
-"""From the graph of `torch.export` to ONNX: one builder a `moge_hal` operator, a small table for the plain torch nodes between.
+"""From the graph of `torch.export` to ONNX: a builder for every `moge_hal` operator, and a small
+table for the plain torch nodes between them.
 
-Names are readable and the same at every export: a node is called after the module whose weight it uses, or else after the module and
-operation that it belongs to (`layers.0.self_attn.q_proj/Gemm`, `layers.0.mlp/route/TopK`).
+Names are readable and the same at every export: a node is called after the module whose weight it
+uses, or else after the module and operation that it belongs to (`layers.0.self_attn.q_proj/Gemm`,
+`layers.0.mlp/route/TopK`).
 """
 
 import operator
@@ -19,7 +21,8 @@ from moge_hal.export.aten import RULES, Result, onnx_type
 from moge_hal.export.builders import BUILDERS
 from moge_hal.export.graph import IR_VERSION, OPSET, Builder, Value
 
-# A parameter's initializers by its name in the module: several when a fused weight lies in pieces; None = keep it in the graph.
+# A parameter's initializers by its name in the module: several when a fused weight lies in pieces;
+# None = keep it in the graph.
 WeightSource = Callable[[str], "list[TensorProto] | None"]
 
 
@@ -30,9 +33,11 @@ def to_model(
     outputs: Sequence[str],
     root: str = "",
 ) -> onnx.ModelProto:
-    """The ONNX model of an exported program. inputs: name and {axis: name of its varying size}, in order. outputs: names.
+    """The ONNX model of an exported program.
 
-    root: the submodule whose path is left out of all names. Raises `UserError` for a node that has no rule.
+    inputs, outputs: names in order, an input's with {axis: name of its varying size}.
+    root: the submodule whose path is left out of all names. Raises `UserError` for a node that has
+    no rule.
     """
     return _Walk(program, weights, root).run(inputs, outputs)
 
@@ -88,7 +93,9 @@ class _Walk:
         )
 
     def _held(self, node: fx.Node) -> tuple[str, Tensor] | None:
-        """Name and tensor of a placeholder that is a parameter, a buffer or a constant of the module."""
+        """Name and tensor of a placeholder that is a parameter, a buffer or a constant of the
+        module.
+        """
         signature = self.program.graph_signature
         for names in (
             signature.inputs_to_parameters,
@@ -155,8 +162,9 @@ class _Walk:
                 made = RULES[target](self.b, _result(node.meta["val"]), *args, **options)
             else:
                 raise UserError(
-                    f"cannot export {node.target} (node {node.name!r} in module {self._module(node)!r}): it has no rule; "
-                    "use an operation of moge_hal.Backend, or add a rule to export/aten.py"
+                    f"cannot export {node.target} (node {node.name!r} in module "
+                    f"{self._module(node)!r}): it has no rule; use an operation of "
+                    f"moge_hal.Backend, or add a rule to export/aten.py"
                 )
         self.values[node] = self._named(made, node.meta["val"])
 
@@ -189,7 +197,9 @@ class _Walk:
         return owner if owner != module else f"{module}/{name}".removeprefix("/")
 
     def _name_outputs(self, made: list[str], outputs: Sequence[str]) -> None:
-        """Gives results the names that the caller wants; one that is an input, or returned twice, is copied."""
+        """Gives results the names that the caller wants; one that is an input, or returned twice,
+        is copied.
+        """
         produced = {name for n in self.b.nodes for name in n.output}
         names: dict[str, str] = {}
         for value, wanted in zip(made, outputs, strict=True):
@@ -203,7 +213,9 @@ class _Walk:
 
 
 def _live(nodes: list[fx.Node]) -> set[fx.Node]:
-    """The nodes that the output needs. Checks that torch.export adds have no users and drop out here."""
+    """The nodes that the output needs. Checks that torch.export adds have no users and drop out
+    here.
+    """
     live = {nodes[-1]}
     for node in reversed(nodes):
         if node in live:

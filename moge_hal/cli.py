@@ -281,6 +281,33 @@ def balance(
         draw(rows, picture)
 
 
+@app.command(epilog=example("moge-hal conformance --backend cpu,onnx --filter 'experts/*'"))
+def conformance(
+    backend: Annotated[
+        str | None,
+        typer.Option("--backend", help="One or more, separated by commas; each is judged."),
+    ] = None,
+    filters: Annotated[
+        list[str] | None, typer.Option("--filter", help="A glob on case ids; repeatable.")
+    ] = None,
+    only_list: Annotated[
+        bool, typer.Option("--list", help="Print ids instead of judging.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge backends against the specification in float64. Exit code 1: one of them is wrong."""
+    from moge_hal.conformance import list_cases, run
+
+    if only_list:
+        print("\n".join(list_cases(filters or ())))
+        return
+    names = None if backend is None else [n.strip() for n in backend.split(",") if n.strip()]
+    result = run(names, filters or (), echo=not as_json)
+    if as_json:
+        print(json.dumps(result.data(), indent=2))
+    raise typer.Exit(result.exit_code)
+
+
 def _progress() -> Any:
     from rich.console import Console
     from rich.progress import (
@@ -292,11 +319,14 @@ def _progress() -> Any:
         TimeRemainingColumn,
     )
 
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
+        transient=True,  # what it leads to is told after it, be it a result or an error
+        disable=not console.is_terminal,
     )

@@ -162,9 +162,8 @@ def _create(choice: str) -> Backend:
         return _instance(_import(choice), None)
     known = _entry_points()
     if base not in known:
-        raise BackendError(
-            f"no backend {choice!r}; there are:\n{table()}{close_matches(base, known)}"
-        )
+        near = close_matches(base, known)
+        raise BackendError(f"no backend {choice!r}.{near} There are:\n{table()}")
     return _load(base, known[base], index)
 
 

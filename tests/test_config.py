@@ -153,6 +153,7 @@ def test_a_released_file_is_the_preset() -> None:
         {"rope_theta": None, "rope_parameters": {"rope_theta": 16e6, "rope_type": "default"}},
         {"rope_parameters": None, "sliding_window": None, "anything_else": [1, 2]},
         {"architectures": None},
+        {"eos_token_id": [45892, 45893]},
     ],
 )
 def test_released_variants_are_the_same_model(changes: dict[str, Any]) -> None:

@@ -37,8 +37,7 @@ def random(seed: int) -> Callable[..., Tensor]:
 
 
 def same(got: Tensor, expected: Any) -> None:
-    assert got.dtype == torch.float64
-    assert got.shape == np.shape(expected)
+    assert (got.dtype, got.shape) == (torch.float64, np.shape(expected))
     np.testing.assert_allclose(got.detach().numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -206,6 +205,14 @@ def test_attention(
         assert layer.k[b, n:capacity].isnan().all()
 
 
+def test_attention_in_float16_does_not_overflow() -> None:
+    """q k of 115,200 is beyond float16; divided by sqrt(d) it is 10,182 and is not."""
+    q = torch.full((1, 2, 1, 128), 30.0).half()
+    v = torch.tensor([1.0, 2.0]).half().view(1, 2, 1, 1).expand(q.shape)
+    out, _ = ops.attention(q, q, v, None, torch.arange(2)[None])
+    assert out[0, :, 0, 0].tolist() == [1.0, 1.5]
+
+
 @quick
 @given(seed=seeds, tokens=st.integers(0, 9), hidden=sizes, width=sizes)
 def test_swiglu_ffn(seed: int, tokens: int, hidden: int, width: int) -> None:
@@ -281,6 +288,24 @@ def test_a_router_row_of_nan_stays_in_its_row(spec: RouteSpec) -> None:
     assert set(ids[1].tolist()) <= set(range(12))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_that_underflow_or_saturate_still_rank(dtype: torch.dtype) -> None:
+    """exp(-111) is 0 in float32, and sigmoid(30) is 1; the logits are not equal, so nothing ties."""
+    low, high = torch.tensor([[0, 1, -120, -110]]), torch.tensor([[20, 30]])
+    assert ops.route(low.to(dtype), RouteSpec(2, 2))[0].tolist() == [[1, 3]]
+    assert ops.route(high.to(dtype), RouteSpec(1, 1, "sigmoid"))[0].tolist() == [[1]]
+
+
+@pytest.mark.parametrize(
+    ("experts", "spec"),
+    [(5, RouteSpec(2, 2)), (4, RouteSpec(2, 6)), (8, RouteSpec(4, 4, limit_groups=1))],
+)
+def test_an_impossible_choice_is_an_error(experts: int, spec: RouteSpec) -> None:
+    """Not fewer ids than asked for, nor some of groups that lost."""
+    with pytest.raises(ValueError, match=f"cannot choose among {experts} experts"):
+        ops.route(random(8)(3, experts), spec)
+
+
 def experts_case(tokens: int = 5, count: int = 6) -> tuple[Tensor, ...]:
     """x [T, 7], gate_up [E, 6, 7], down [E, 7, 3], ids [T, 3], weights [T, 3]."""
     rand = random(4)
@@ -319,6 +344,10 @@ def test_an_expert_that_nobody_chose_may_hold_nan() -> None:
     same(ops.experts(x, gate_up, down, ids, weights), expected.numpy())
 
 
+def listed(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_types_stay_and_are_near(dtype: torch.dtype) -> None:
     """Outputs have the dtype of the inputs, but for the router's, which are float32."""
@@ -341,17 +370,13 @@ def test_narrow_types_stay_and_are_near(dtype: torch.dtype) -> None:
         floats = [isinstance(a, Tensor) and a.is_floating_point() for a in args]
         narrow = [a.to(dtype) if f else a for a, f in zip(args, floats, strict=True)]
         wide = [a.double() if f else a for a, f in zip(narrow, floats, strict=True)]
-        for got, exact in zip(outputs(function(*narrow)), outputs(function(*wide)), strict=True):
+        for got, exact in zip(*(listed(function(*a)) for a in (narrow, wide)), strict=True):
             assert got.dtype == dtype
             limit = 4 * torch.finfo(dtype).eps * exact.double().abs().max()
             assert (got.double() - exact.double()).abs().max() <= limit
     logits = ops.router_logits(x.to(dtype), gate_up[0].to(dtype))
     assert logits.dtype == ops.route(logits, RouteSpec(3, 3), rand(6).to(dtype))[1].dtype
     assert logits.dtype == torch.float32
-
-
-def outputs(result: Any) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
 
 
 def test_gradients_are_those_of_finite_differences() -> None:

@@ -142,7 +142,7 @@ def run_and_die(out: Path, corpus: Path, step: int, fsync: int) -> None:
     """In a child: trains on, and dies after `step` or at the fsync of that number."""
     os_fsync, left = os.fsync, [fsync]
 
-    def dying_fsync(descriptor: int) -> None:
+    def dying_fsync(descriptor: Any) -> None:
         left[0] -= 1
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -468,11 +468,13 @@ def test_the_gradient_is_that_of_the_loss_and_the_balance() -> None:
 
 
 def test_the_auxiliary_loss_evens_out_the_experts(corpus: Path, tmp_path: Path) -> None:
-    busiest = []
-    for coefficient in (0.0, 1.0):
-        config = replace(CONFIG, router_aux_loss_coef=coefficient)
-        busiest.append(go(tmp_path / f"{coefficient}", corpus, config=config).busiest)
-    assert busiest[1] < busiest[0] - 0.3
+    without, with_it = (
+        go(tmp_path / f"{aux}", corpus, config=replace(CONFIG, router_aux_loss_coef=aux))
+        for aux in (0.0, 10.0)
+    )
+    # The busiest of 15 experts, of which a token takes 6, can have 2.5 times the mean at most.
+    assert with_it.busiest < without.busiest - 0.4
+    assert with_it.idlest > without.idlest + 0.2
 
 
 def test_vectors_do_not_decay() -> None:

@@ -12,7 +12,7 @@ from torch.utils import _pytree
 
 from moge_hal.conformance.cases import Case
 from moge_hal.conformance.inputs import Args, draw
-from moge_hal.conformance.judge import allowances, check
+from moge_hal.conformance.judge import allowances, check, worst
 from moge_hal.conformance.subject import Subject
 from moge_hal.conformance.verdict import Failure, Skip, Verdict
 
@@ -22,8 +22,8 @@ ODD = (1, 3, 7, 5, 9)  # sizes of chunks, over and over
 def decode(subject: Subject, case: Case) -> Verdict:
     """A prompt in one call, then one token at a time, equals one pass.
 
-    Guards against: a decode kernel with another mask, scale or head order than prefill's; a mask off by one that only shows when
-    the newest key is the last one; a key written after it is read.
+    Guards against: a decode kernel with another mask, scale or head order than prefill's; a mask
+    off by one that only shows when the newest key is the last one; a key written after it is read.
     """
     length = case.sizes["S"]
     prompt = length - 5
@@ -33,8 +33,8 @@ def decode(subject: Subject, case: Case) -> Verdict:
 def chunks(subject: Subject, case: Case) -> Verdict:
     """Prefill in chunks of odd sizes equals one pass.
 
-    Guards against: `is_causal` aligned to the top left corner when there are more keys than queries; blocks of a fixed size that
-    drop their tail.
+    Guards against: `is_causal` aligned to the top left corner when there are more keys than
+    queries; blocks of a fixed size that drop their tail.
     """
     return _in_chunks(subject, case, chunk_sizes(case.sizes["S"]))
 
@@ -48,16 +48,18 @@ def chunk_sizes(length: int) -> list[int]:
 
 
 def ragged(subject: Subject, case: Case) -> Verdict:
-    """Rows of different lengths, padded left or right with position -1, with a cache and without: every real token's output is that
-    of its row alone, and a padding token's is finite.
+    """Rows of different lengths, padded with position -1, with a cache and without.
 
-    Guards against: padding written over slot 0 or over the newest key; a softmax over nothing (NaN), which the next layer
-    spreads; positions counted from the column instead of being read.
+    A real token's output is that of its row alone, a padding token's is finite.
+
+    Guards against: padding written over slot 0 or over the newest key; a softmax over nothing
+    (NaN), which the next layer spreads; positions counted from the column instead of being read.
     """
     args = dict(draw(case))
     positions = ragged_positions(*args["positions"].shape)
     args["positions"] = positions
     real = positions >= 0
+    verdicts = []
     for cached in (False, True):
         if cached:
             got = _attend(subject, case, args, [positions.shape[1] - 3, 1, 1, 1])
@@ -71,26 +73,36 @@ def ragged(subject: Subject, case: Case) -> Verdict:
                 for n, v in args.items()
             }
             what = f"row {row} {'with' if cached else 'without'} a cache"
-            verdict = check(case, (got[row : row + 1, real[row]],), alone, allowances(case), what)
-    return verdict
+            part = (got[row : row + 1, real[row]],)
+            verdicts.append(check(case, part, alone, allowances(case), what))
+    return worst(verdicts)
 
 
 def ragged_positions(batch: int, length: int) -> Tensor:
-    """[B, S] with -1 for padding: rows padded left, right, and on both sides, over and over; the first is whole."""
-    columns = torch.arange(length)
-    rows = [columns]
-    for row in range(1, batch):
-        before, after = [(0, 5), (6, 0), (2, 4)][row % 3]
-        inside = (columns >= before) & (columns < length - after)
-        rows.append(torch.where(inside, columns - before, -1))
+    """[B, S] with -1 for padding.
+
+    The first row is whole (a backend may look no further); the next ones are padded on the left, on
+    the right, and in the middle, where a row waits for the others; and so on.
+    """
+    column = torch.arange(length)
+    rows = []
+    for row in range(batch):
+        real = [
+            column >= 0,
+            column >= 6,
+            column < length - 5,
+            (column < 4) | (column >= 9),
+        ][row % 4]
+        rows.append(torch.where(real, real.cumsum(0) - 1, -1))
     return torch.stack(rows)
 
 
 def unwritten(subject: Subject, case: Case) -> Verdict:
     """Slots that nobody has written may hold anything, NaN included.
 
-    Guards against: attention over the whole capacity with a mask on the scores only: 0 * NaN of an unwritten value is NaN. Plain
-    scaled_dot_product_attention with a mask does that, and memory that is not zeroed holds such values sooner or later.
+    Guards against: attention over the whole capacity with a mask on the scores only: 0 * NaN of an
+    unwritten value is NaN. Plain scaled_dot_product_attention with a mask does that, and memory
+    that is not zeroed holds such values sooner or later.
     """
     length = case.sizes["S"]
     return _in_chunks(subject, case, [length - 4, 3, 1], spoil)

@@ -1,21 +1,27 @@
-"""The cases, and their ids. An id is all that there is to a case: id -> seed -> inputs, alone and in any order.
+"""The cases, and their ids. An id is all that there is to a case: id -> seed -> inputs, alone and
+in any order.
 
     experts / f32 / T17-D40-F24-E15-G3-K6 / scale1 / value
     operation, dtype, shape, scale of the activations, property
 
-A shape is sizes by letter (see `ops.py`; I and O are the input and output size of `linear`) and words:
+A shape is sizes by letter (see `ops.py`; I and O are the input and output size of `linear`) and
+words:
 
-    strided  activations are every second element of a wider tensor       nobias   linear without bias
-    offset   every tensor starts 3 elements into its storage               noscale  route without router_scale
-    limit2   (with a number) DeepSeek-V3's router: sigmoid, a bias for the selection, 2 groups compete
-    seed5    (with a number) other inputs of the same shape
+    strided  activations are every second element of a wider tensor
+    offset   every tensor starts 3 elements into its storage
+    nobias   `linear` without a bias
+    noscale  `route` without router_scale
+    crowded  all tokens choose the experts of the first one
+    limit2   DeepSeek-V3's router: sigmoid, a bias for the selection, and (here) 2 groups compete
+    seed5    other inputs of the same shape
 
-Whole models have the operation `model`, the name of a model for a shape and its weights for a scale. The property does not take
-part in the seed: two properties of one shape are judged on the same inputs.
+Whole models have the operation `model`, the name of a model for a shape and its weights for a
+scale. The property does not take part in the seed: two properties of one shape are judged on the
+same inputs.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -54,7 +60,12 @@ PROPERTIES = {
     "experts": f"{_COMMON} unselected expert-parallel",
     "model": "one-pass decode chunks long ragged stale unwritten cache-full dtype",
 }
-WORDS = {"linear": "nobias", "route": "noscale", "model": "tiny shipped"}
+WORDS = {
+    "linear": "nobias",
+    "route": "noscale",
+    "experts": "crowded",
+    "model": "tiny shipped",
+}
 MODEL_WEIGHTS = {"tiny": "random", "shipped": "trained"}
 
 
@@ -66,11 +77,11 @@ class Case:
     dtype_name: str
     shape: str
     scale_name: str
-    property: str
+    prop: str  # the property
 
     @property
     def id(self) -> str:
-        return f"{self.key}/{self.property}"
+        return f"{self.key}/{self.prop}"
 
     @property
     def key(self) -> str:
@@ -107,14 +118,14 @@ class Case:
 
 
 def parse(text: str) -> Case:
-    """The case of an id, whether it is in the list or not. Raises `UserError` that says what is wrong with it."""
+    """The case of an id, in the list or not. Raises `UserError` that says what is wrong with it."""
     fields = text.split("/")
     if len(fields) != 5:
         raise UserError(f"case {text!r} must read operation/dtype/shape/scale/property")
     case = Case(*fields)
     _known(case.op, LETTERS, "operation", text)
     _known(case.dtype_name, DTYPES, "dtype", text)
-    _known(case.property, PROPERTIES[case.op].split(), f"property of {case.op}", text)
+    _known(case.prop, PROPERTIES[case.op].split(), f"property of {case.op}", text)
     for word in case.words:
         allowed = ["strided", "offset", *WORDS.get(case.op, "").split()]
         _known(word, allowed, f"word for a shape of {case.op}", text)
@@ -123,9 +134,7 @@ def parse(text: str) -> Case:
     return case
 
 
-def _known(
-    word: str, names: "dict[str, object] | dict[str, str] | list[str]", kind: str, text: str
-) -> None:
+def _known(word: str, names: Collection[str], kind: str, text: str) -> None:
     if word not in names:
         raise UserError(f"case {text!r}: no {kind} {word!r}.{close_matches(word, names)}")
 
@@ -160,8 +169,9 @@ def _tokens(rest: str) -> list[str]:
     return [f"T{count}-{rest}" for count in (0, 1, 7, 17, 64)]
 
 
-# The shapes whose values are judged, at every scale. The first is the usual one, on which the other properties are judged.
-# Groups are never as many as their members by accident (a swap would be invisible), except where E = G.
+# The shapes whose values are judged, at every scale. The first is the usual one, on which the other
+# properties are judged. A group never has as many members as there are groups, since a swap of the
+# two would be invisible; but for 64/8/8, which is Pangu's own.
 SHAPES = {
     "embed": ["T17-V259-D40", *_tokens("V61-D24"), "T17-V259-D40-offset"],
     "linear": [
@@ -217,6 +227,7 @@ SHAPES = {
         *_tokens("D24-F40-E12-G2-K4"),
         "T17-D40-F24-E4-G4-K4",
         "T17-D40-F24-E24-G1-K4",
+        "T64-D40-F24-E15-G3-K6-crowded",
         "T17-D40-F24-E15-G3-K6-strided",
         "T17-D40-F24-E15-G3-K6-offset",
         "T7-D5120-F8-E6-G3-K3",
@@ -224,29 +235,35 @@ SHAPES = {
 }
 # Where a property needs another shape than the operation's usual one.
 OTHER_SHAPES = {
-    "unselected": ["T0-D40-F24-E15-G3-K6", "T1-D40-F24-E15-G3-K6", "T7-D40-F24-E64-G8-K8"],
-    "route.ties": {
-        "route": ["T17-E15-G3-K6", "T17-E24-G4-K4", "T17-E4-G4-K4", "T17-E64-G8-K8"],
-        "router_logits": ["T17-D40-E15", "T17-D40-E24"],
-    },
-    "decode": ["B2-S17-H6-Hkv2-d8", "B1-S17-H4-Hkv4-d32"],
-    "chunks": ["B2-S64-H6-Hkv2-d8"],
-    "ragged": ["B3-S17-H6-Hkv2-d8"],
-    "unwritten": ["B2-S17-H6-Hkv2-d8"],
+    ("experts", "unselected"): [
+        "T0-D40-F24-E15-G3-K6",
+        "T1-D40-F24-E15-G3-K6",
+        "T7-D40-F24-E64-G8-K8",
+    ],
+    ("route", "route.ties"): [
+        "T17-E15-G3-K6",
+        "T17-E24-G4-K4",
+        "T17-E4-G4-K4",
+        "T17-E64-G8-K8",
+    ],
+    ("router_logits", "route.ties"): ["T17-D40-E15", "T17-D40-E24"],
+    ("attention", "decode"): ["B2-S17-H6-Hkv2-d8", "B1-S17-H4-Hkv4-d32"],
+    ("attention", "chunks"): ["B2-S64-H6-Hkv2-d8"],
+    ("attention", "ragged"): ["B4-S17-H6-Hkv2-d8"],
+    ("attention", "unwritten"): ["B2-S17-H6-Hkv2-d8"],
 }
 MODELS = ("model/f32/tiny-seed0/random", "model/f32/tiny-seed1/random", "model/f32/shipped/trained")
 
 
 def every_case() -> Iterator[Case]:
-    """The list, in order: float32 in full, low precision where it can show (values of a usual and of a long shape)."""
+    """The list, in order: float32 in full; in low precision the values of two shapes."""
     for op, shapes in SHAPES.items():
         value = PROPERTIES[op].split()[0]
         for shape in shapes:
             for scale in SCALES:
                 yield Case(op, "f32", shape, scale, value)
         for prop in PROPERTIES[op].split()[1:]:
-            other = OTHER_SHAPES.get(prop, shapes[:1])
-            for shape in other[op] if isinstance(other, dict) else other:
+            for shape in OTHER_SHAPES.get((op, prop), shapes[:1]):
                 yield Case(op, "f32", shape, "scale1", prop)
         if op != "route":  # a router works in float32 whatever the model's dtype
             for dtype in ("bf16", "f16"):
@@ -255,4 +272,6 @@ def every_case() -> Iterator[Case]:
                         yield Case(op, dtype, shape, scale, value)
     for model in MODELS:
         for prop in PROPERTIES["model"].split():
-            yield Case(*model.split("/"), prop)
+            if prop == "dtype" and model != MODELS[0]:
+                continue  # the weights make no difference
+            yield parse(f"{model}/{prop}")

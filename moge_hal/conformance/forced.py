@@ -1,10 +1,12 @@
 """The judgement of a whole model: the oracle follows the backend's routes.
 
-A model is judged in two parts, since one near-tie in a router flips an expert and then every number behind it, in a model that is
-right. (a) The float64 oracle is FORCED to the backend's routes, and the logits of every position stay within the limit: 2 p + u +
-(4 + sqrt(n)/2) 2^-23 as for an operation, p from plain float32 torch on the same routes, and never more than 2e-5. (b) Every route
-is k experts of every group, and the oracle's router logit of each is within m of the k-th best of its group; m = twice what the
-same rule allows for the router's logits, for they are off on both sides of a comparison.
+A model is judged in two parts, since one near-tie in a router flips an expert and then every number
+behind it, in a model that is right. (a) The float64 oracle is FORCED to the backend's routes, and
+the logits of every position stay within the limit: 2 p + u + (4 + sqrt(n)/2) 2^-23 as for an
+operation, p from plain float32 torch on the same routes, and never more than 2e-5. (b) Every route
+is k experts of every group, and the oracle's router logit of each is within m of the k-th best of
+its group; m = twice what the same rule allows for the router's logits, for they are off on both
+sides of a comparison.
 """
 
 from collections.abc import Iterable, Mapping
@@ -47,7 +49,7 @@ class Transcript:
 def play(
     model: Model, ids: Tensor, positions: Tensor, sizes: Iterable[int], cache: Any
 ) -> tuple[Transcript, Any]:
-    """Steps of these sizes over ids and positions [B, S] -> what came out, and the cache after it."""
+    """Steps of these sizes over ids and positions [B, S] -> what came out, and the cache."""
     logits, routes, start = [], [], 0
     config = model.config
     for size in sizes:
@@ -97,7 +99,7 @@ class Oracle:
             check_structure(ids[real], config.route, config.num_experts, f"layer {layer}: ")
         routes = got.routes.flatten(1, 2)
         (logits, router), *peers = [self._follow(*model, got, routes) for model in self._models]
-        n = max(config.hidden_size, config.moe_intermediate_size, got.ids.shape[1])
+        n = max(*(config.sizes[letter] for letter in ("D", "F", "Fs")), got.ids.shape[1])
         self._check_routes(got, real, router, [peer[1] for peer in peers])
         p = max(worst_row(peer[0][real], logits[real]) for peer in peers)
         allowed = min(limit(p, torch.float32, n), CAP)

@@ -19,9 +19,10 @@ _FIXED = ("cos", "sin")
 def gradients(subject: Subject, case: Case) -> Verdict:
     """The gradient of every input, for a random gradient of the outputs, within 3 p.
 
-    Guards against: a fused forward without a backward, or with a wrong one; weights or router logits detached, so that the router
-    never learns; a backward that forgets what a broadcast summed over. What judges is what training gets: if `why_not`
-    refuses to train, the default operation runs.
+    Guards against: a fused forward without a backward, or with a wrong one; weights or router
+    logits detached, so that the router never learns; a backward that forgets what a broadcast
+    summed over. What judges is what training gets: if `why_not` refuses to train, the default
+    operation runs.
     """
     if subject.backend.graph:
         raise Skip("runs exported graphs and cannot train")
@@ -51,7 +52,7 @@ def gradients(subject: Subject, case: Case) -> Verdict:
 def _gradients(
     backend: Backend, case: Case, args: Args, device: torch.device | None = None
 ) -> dict[str, Tensor]:
-    """By name of the argument. The gradient of the outputs is the same for every dtype and device, up to rounding."""
+    """By argument, for a gradient of the outputs that is the same everywhere up to rounding."""
     args = {
         n: v.to(device=device, copy=True) if isinstance(v, Tensor) else v for n, v in args.items()
     }

@@ -1,4 +1,4 @@
-"""The comparison that every property rests on: a backend's outputs against the specification's, within the limit of the case."""
+"""What every property rests on: a backend's outputs against the specification's, within limits."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -45,22 +45,27 @@ def measure(case: Case, args: Args) -> list[Allowance]:
     """The allowance of each output for these inputs, from plain torch as written and permuted."""
     answers = [run(peer, case.op, args) for peer in (Backend(), Permuted(case.key))]
     if case.op == "route":  # each peer's weights are judged for its own ids
-        exacts = [(ids, _weights_for(ids, args)) for ids, _ in answers]
+        exacts: list[Outputs] = [(ids, _weights_for(ids, args)) for ids, _ in answers]
     else:
         exacts = [exact(case.op, args)] * 2
     n = longest_reduction(case)
     return [
-        _allowance([answer[i] for answer in answers], [want[i] for want in exacts], n)
+        _allowance(case.op, [answer[i] for answer in answers], [want[i] for want in exacts], n)
         for i in range(len(answers[0]))
     ]
 
 
-def _allowance(answers: list[Tensor], exacts: list[Tensor], n: int) -> Allowance:
+def _allowance(op: str, answers: list[Tensor], exacts: list[Tensor], n: int) -> Allowance:
     dtype = answers[0].dtype
     if not dtype.is_floating_point:
         return Allowance(dtype, 0.0)
-    p = max(worst_row(got, want) for got, want in zip(answers, exacts, strict=True))
+    p = max(_error(op, got, want) for got, want in zip(answers, exacts, strict=True))
     return Allowance(dtype, limit(p, dtype, n))
+
+
+def _error(op: str, got: Tensor, want: Tensor) -> float:
+    """Of the worst row: what a token gets, in attention that of all heads together."""
+    return worst_row(*((got.flatten(2), want.flatten(2)) if op == "attention" else (got, want)))
 
 
 def _weights_for(ids: Tensor, args: Args) -> Tensor:
@@ -76,7 +81,7 @@ def _own(case: Case) -> tuple[Outputs, list[Allowance]]:
 
 def allowances(case: Case) -> list[Allowance]:
     """Those of the case's own inputs, one an output."""
-    return _own(replace(case, property=""))[1]
+    return _own(replace(case, prop=""))[1]
 
 
 def check(
@@ -88,11 +93,12 @@ def check(
 ) -> Verdict:
     """Shape, dtype and values of what a backend returned; raises `Failure`.
 
-    args: other inputs than the case's own, `what` they are, for the message. allowed: None = the case's own allowances.
+    args: other inputs than the case's own, `what` they are, for the message. allowed: None = the
+    case's own allowances.
     """
     where = f"{what}: " if what else ""
     allowed = allowed or allowances(case)
-    want = _own(replace(case, property=""))[0] if args is None else exact(case.op, args)
+    want = _own(replace(case, prop=""))[0] if args is None else exact(case.op, args)
     if len(got) != len(want):
         raise Failure(f"{where}{len(got)} outputs instead of {len(want)}")
     names = [
@@ -103,10 +109,12 @@ def check(
             found, wanted = _form(has.shape, has.dtype), _form(must.shape, allowance.dtype)
             raise Failure(f"{name} is {found}, must be {wanted}")
     if case.op == "route":
-        return check_route(draw(case) if args is None else args, *got, allowed[1].limit, where)
+        ids, weights = got
+        given = draw(case) if args is None else args
+        return check_route(given, ids, weights, allowed[1].limit, where)
     verdicts = []
     for name, has, must, allowance in zip(names, got, want, allowed, strict=True):
-        error = worst_row(has, must)
+        error = _error(case.op, has, must)
         if error > allowance.limit:
             raise Failure(f"{name} is wrong in its worst row", error, allowance.limit)
         verdicts.append(Verdict(error, allowance.limit))

@@ -13,12 +13,13 @@ OPERATION_PROPERTIES = {
 
 
 def judge(subject: Subject, case: Case) -> Verdict:
-    """Runs the property of the case. Raises `Failure` if the backend is wrong, `Skip` if the case does not apply to it.
+    """Runs the property of the case.
 
-    Whatever else a backend raises comes through as it is.
+    Raises `Failure` if the backend is wrong and `Skip` if the case does not apply to it. Whatever
+    else a backend raises comes through as it is.
     """
     if case.dtype not in subject.backend.dtypes:
         able = ", ".join(str(dtype).removeprefix("torch.") for dtype in subject.backend.dtypes)
         raise Skip(f"computes in {able} only")
     table = whole_model.PROPERTIES if case.op == "model" else OPERATION_PROPERTIES
-    return table[case.property](subject, case)
+    return table[case.prop](subject, case)

@@ -1,23 +1,30 @@
 """How wrong a right answer may be. Measured on plain torch, not typed; a backend has no say in it.
 
-The error of a result is that of its worst row, relative to the largest element of the row, against the specification run in
-float64. It may be
+The error of a result is that of its worst row, relative to the largest element of the row, against
+the specification run in float64. It may be
 
     2 p + u + (4 + sqrt(n)/2) 2^-23        and for gradients 3 p instead of 2 p
 
-p = the worst row of plain torch in this dtype, as written, and once more with its contraction axes permuted by the case's seed:
-    what reordering the very same sum does to these very inputs. It holds everything that depends on the data: cancellation, the
-    range of a softmax, what rounding the dtype itself forces on the composite's intermediate results.
-u = the unit roundoff of the output's dtype, for the one rounding of the result that nobody can avoid.
-n = the longest reduction. (4 + sqrt(n)/2) float32 steps are what a float32 accumulator may lose when it runs through n terms one
-    after the other, as a plain loop on any chip does and torch's blocked sums do not, plus a few elementary functions.
+- p = the worst row of plain torch in this dtype, as written, and once more with its contraction
+  axes permuted by the case's seed: what reordering the very same sums does to these very inputs. It
+  holds all that depends on the data: cancellation, the range of a softmax, and what the dtype does
+  to a composite's intermediate results.
+- u = the unit roundoff of the output's dtype: the one rounding of the result that nobody can avoid.
+- n = the longest reduction. (4 + sqrt(n)/2) float32 steps are what a float32 accumulator may lose
+  that runs through n terms one after the other, as a plain loop on any chip does and torch's
+  blocked sums do not, and what a few elementary functions may.
 
-Why this rule. A limit per row of 2 p and 4 units in the last place, tried first, failed a sequential float32 sum of 5,120 terms
-at 3.4 times the limit, since a blocked sum is far better than it has any right to be; and it passed a bfloat16 output that
-was wrong by 2-3 %, since a unit in the last place is 2^-7 there. Under this rule right rewrites reach 0.2-0.88 of the limit and
-wrong ones 1.5 and more. Gradients are measured against the
-largest row of their tensor: a row that cancels to nothing (the query of the first token, which has one key to attend to) has no
-digits of its own, and what is left of it depends on the kernel. What follows: faults of logic are caught in float32, and low precision judges precision.
+Why this rule. A limit for each row of 2 p and 4 units in the last place, tried first, failed a
+sequential float32 sum of 5,120 terms at 3.4 times the limit, since a blocked sum is far better than
+anyone may ask for; and it passed a bfloat16 output that was wrong by 2-3 %, since a unit in the
+last place is 2^-7 there. Under this rule right rewrites reach 0.2-0.88 of the limit and wrong ones
+1.5 and more. What follows: faults of logic are caught in float32, and low precision judges
+precision.
+
+A row is what a token gets; attention's heads are one row, as the projection behind them takes them.
+Gradients are measured against the largest row of their tensor: a row that cancels to nothing (the
+query of the first token, which has one key to attend to) has no digits of its own, and what is left
+of it depends on the kernel.
 """
 
 import math
@@ -34,12 +41,14 @@ _TINY = 1e-30  # a row of zeros must be answered with zeros, and divides by this
 
 
 def limit(p: float, dtype: torch.dtype, n: int, factor: float = 2.0) -> float:
-    """The limit for a result of `dtype`: p as above, n the longest reduction, factor 3 for gradients."""
+    """The limit for a result of `dtype`: p as above, n the longest reduction, factor 3 for
+    gradients."""
     return factor * p + UNIT_ROUNDOFF[dtype] + (4 + math.sqrt(n) / 2) * 2.0**-23
 
 
 def worst_row(got: Tensor, want: Tensor, pooled: bool = False) -> float:
-    """max |got - want| / max |want| of the worst row along the last axis; NaN counts as infinite. want: float64.
+    """max |got - want| / max |want| of the worst row along the last axis; NaN counts as infinite.
+    want: float64.
 
     pooled: every row is measured against the largest one.
     """
@@ -48,4 +57,4 @@ def worst_row(got: Tensor, want: Tensor, pooled: bool = False) -> float:
     size = want.abs().amax(-1)
     size = (size.max() if pooled else size).clamp_min(_TINY)
     error = (got.detach().to("cpu", torch.float64) - want).abs().amax(-1) / size
-    return float(error.nan_to_num(nan=math.inf).max())
+    return float(error.nan_to_num(nan=math.inf, posinf=math.inf).max())

@@ -1,7 +1,8 @@
-"""What is right: the specification, run in float64. And its peers, which say how well plain torch does in another dtype.
+"""What is right: the specification in float64. And its peers: how right plain torch is in a dtype.
 
-A composite runs in float64 from its inputs on. A peer is the same code in the case's dtype: as written, and with every contraction
-axis permuted, which is the cheapest of all other legitimate kernels.
+A composite runs in float64 from its inputs on. A peer is the same code in the case's dtype: as
+written, and with every contraction axis permuted, which is the cheapest of all other legitimate
+kernels.
 """
 
 from typing import Any
@@ -18,7 +19,7 @@ Outputs = tuple[Tensor, ...]
 
 
 class Permuted(Backend):
-    """The specification, with the axes that are summed over in another order. Without a cache only."""
+    """The specification, summing in another order. Without a cache only."""
 
     name = "permuted"
 
@@ -86,10 +87,12 @@ def exact(op: str, args: Args) -> Outputs:
 
 
 def weights_for(ids: Tensor, logits: Tensor, spec: RouteSpec, scale: Tensor | None) -> Tensor:
-    """The specification's weights for ids that somebody else chose: ids [T, K], logits [T, E] -> [T, K] in the logits' dtype.
+    """The specification's weights for ids that somebody else chose.
 
-    A bias takes part in the selection only, so one that puts all other experts last forces it. An id that cannot be selected
-    (a second one of the same expert, one too many of a group) gets no weight.
+    ids [T, K], logits [T, E] -> [T, K] in the logits' dtype.
+    A bias takes part in the selection only, so one that puts all other experts last forces it. An
+    id that cannot be selected (a second one of the same expert, one too many of a group) gets no
+    weight.
     """
     chosen = ids.long()
     force = torch.full_like(logits, -4.0).scatter(1, chosen, 0.0)
@@ -98,7 +101,7 @@ def weights_for(ids: Tensor, logits: Tensor, spec: RouteSpec, scale: Tensor | No
 
 
 class Follow(Backend):
-    """The specification, on routes that somebody else took: `follow` them, take a step, read `router`."""
+    """The specification on routes that somebody else took: `follow`, take a step, read `router`."""
 
     name = "follow"
     routes: list[Tensor]  # [T, K] of each layer

@@ -1,7 +1,8 @@
-"""The pytest plugin: makes a test of every backend and case, collects what came of it, and prints the table."""
+"""The pytest plugin: a test of every backend and case, what came of it, and the report."""
 
 import traceback
 from collections.abc import Generator
+from typing import Any
 
 import pytest
 
@@ -48,9 +49,12 @@ class ConformancePlugin:
 
 
 def _outcome(
-    item: pytest.Function, report: pytest.TestReport, info: "pytest.ExceptionInfo[BaseException] | None"
+    item: pytest.Function,
+    report: pytest.TestReport,
+    info: "pytest.ExceptionInfo[BaseException] | None",
 ) -> Outcome:
-    subject, case = item.callspec.params["subject"], item.callspec.params["case"]
+    params: dict[str, Any] = dict(item.callspec.params)
+    subject, case = params["subject"], params["case"]
     if report.outcome == "passed":
         verdict = dict(item.user_properties)["verdict"]
         assert isinstance(verdict, Verdict)

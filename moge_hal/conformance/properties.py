@@ -1,9 +1,11 @@
-"""What every operation must keep, whatever runs it. Each function says which real failure it is there for.
+"""What every operation must keep, whatever runs it. Each says which real failures it is there for.
 
-A property takes the backend under judgement and a case, and gives a `Verdict` or raises `Failure`; `Skip` if it does not apply.
+A property takes the backend under judgement and a case, and gives a `Verdict` or raises `Failure`;
+`Skip` if it does not apply.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,20 +19,22 @@ from moge_hal.conformance.verdict import Failure, Verdict
 
 
 def value(subject: Subject, case: Case) -> Verdict:
-    """The right numbers, in the right shape and dtype, on the right device, and no input written to.
+    """The right numbers, shape, dtype and device, and no input written to.
 
-    Guards against: gate and up rows swapped; rotary embedding of neighbours instead of halves; key-value heads tiled instead of
-    repeated; an epsilon outside the square root (invisible at scale 1); weights cut to bfloat16; tokens dropped over a capacity;
-    kernels that read past a stride or assume 16-byte alignment; a residual that is updated in place.
+    Guards against: gate and up rows swapped; rotary embedding of neighbours instead of halves;
+    key-value heads tiled instead of repeated; an epsilon outside the square root (invisible at
+    scale 1); weights cut to bfloat16; tokens dropped over a capacity (the crowded shape); kernels
+    that read past a stride or assume 16-byte alignment; a residual that is updated in place.
     """
     return check(case, subject.run(case, draw(case)))
 
 
 def route_valid(subject: Subject, case: Case) -> Verdict:
-    """k distinct experts of every group, none worse than the k-th best within the limit, and the weights of just these.
+    """k experts of every group, none worse than the k-th best within the limit, and their weights.
 
-    Guards against: a global top-k instead of a grouped one; groups and members swapped (hidden by 64/8/8); a softmax inside each
-    group; weights renormalised; router_scale before the selection, or forgotten; offsets that are right for E/G = K only.
+    Guards against: a global top-k instead of a grouped one; groups and members swapped (hidden by
+    64/8/8); a softmax inside each group; weights renormalised; router_scale before the selection,
+    or forgotten; offsets that are right for E/G = K only.
     """
     return check(case, subject.run(case, draw(case)))
 
@@ -38,8 +42,9 @@ def route_valid(subject: Subject, case: Case) -> Verdict:
 def route_ties(subject: Subject, case: Case) -> Verdict:
     """On exactly equal logits the lowest indices win.
 
-    Ties are not rare: padding rows tie everything, and bfloat16 logits tie in 0.4-0.9 % of groups. A kernel whose choice depends on
-    its block size (torch.topk's does) makes two backends, or two batch sizes, disagree for no reason that anyone can find.
+    Ties are not rare: padding rows tie everything, and bfloat16 logits tie in 0.4-0.9 % of groups.
+    A kernel whose choice depends on its block size (torch.topk's does) makes two backends, or two
+    batch sizes, disagree for no reason that anyone can find.
     """
     if case.op == "router_logits":
         return _duplicated_rows(subject, case)
@@ -58,7 +63,7 @@ def route_ties(subject: Subject, case: Case) -> Verdict:
 
 
 def _duplicated_rows(subject: Subject, case: Case) -> Verdict:
-    """Experts with equal router rows get equal logits: the products of these small numbers are exact in any order of summation."""
+    """Equal router rows give equal logits; these are exact in any order of summation."""
     args = draw(case)
     x = integers(f"{case.key}/small x", *args["x"].shape, low=-2, high=3).float()
     w = integers(f"{case.key}/small w", *args["w"].shape, low=-2, high=3).float() / 8
@@ -73,8 +78,9 @@ def _duplicated_rows(subject: Subject, case: Case) -> Verdict:
 def nan(subject: Subject, case: Case) -> Verdict:
     """A NaN or an infinity in one token (or row of a batch) stays there.
 
-    Guards against: experts gathered with a one-hot product, where 0 * NaN of another token is NaN; a maximum taken over the whole
-    batch; and ids out of range for the NaN row itself, which crash the gather behind them.
+    Guards against: experts gathered with a one-hot product, where 0 * NaN of another token is NaN;
+    a maximum taken over the whole batch; and ids out of range for the NaN row itself, which crash
+    the gather behind them.
     """
     args = dict(draw(case))
     count = next(len(v) for n, v in args.items() if n in ACTIVATIONS)
@@ -99,10 +105,11 @@ def take(args: Args, rows: Tensor) -> Args:
 
 
 def rows(subject: Subject, case: Case) -> Verdict:
-    """A token alone gets what it gets in the batch, and permuted tokens get permuted outputs, within the limit.
+    """A token gets the same alone, in the batch and in a permuted batch, within the limit.
 
-    Guards against: routing or capacity that depends on the other tokens; a quantisation scale shared by the batch; a path for
-    one token (decode) that computes something else than the one for many (prefill).
+    Guards against: routing or capacity that depends on the other tokens; a quantisation scale
+    shared by the batch; a path for one token (decode) that computes something else than the one for
+    many (prefill).
     """
     args, allowed = draw(case), allowances(case)
     count = next(len(v) for n, v in args.items() if n in PER_TOKEN)
@@ -119,7 +126,8 @@ def rows(subject: Subject, case: Case) -> Verdict:
 def repeat(subject: Subject, case: Case) -> Verdict:
     """The same inputs give the same bits.
 
-    Guards against: atomic additions in an order of their own, uninitialised memory, state that a call leaves behind.
+    Guards against: atomic additions in an order of their own, uninitialised memory, state that a
+    call leaves behind.
     """
     first = subject.run(case, draw(case))
     second = subject.run(case, draw(case))
@@ -131,8 +139,8 @@ def repeat(subject: Subject, case: Case) -> Verdict:
 def unselected(subject: Subject, case: Case) -> Verdict:
     """An expert that nobody chose may be full of NaN.
 
-    Guards against: computing every expert and multiplying by a weight of zero, which one overflow in any expert turns into
-    a NaN for every token.
+    Guards against: computing every expert and multiplying by a weight of zero, which one overflow
+    in any expert turns into a NaN for every token.
     """
     args = dict(draw(case))
     idle = torch.ones(case.sizes["E"], dtype=torch.bool)
@@ -147,17 +155,18 @@ def unselected(subject: Subject, case: Case) -> Verdict:
 
 
 def expert_parallel(subject: Subject, case: Case) -> Verdict:
-    """A rank that holds the experts from `first` on adds just their part; the parts of all ranks add up to the whole.
+    """A rank that holds the experts from `first` on adds just their part: all parts are the whole.
 
-    Guards against: `first` ignored; ids of other ranks clamped to the first or last local expert; a rank whose tokens all chose
-    elsewhere. Every part is compared with the specification's part, whose sum is compared with the whole.
+    Guards against: `first` ignored; ids of other ranks clamped to the first or last local expert; a
+    rank whose tokens all chose elsewhere. Every part is compared with the specification's part,
+    whose sum is compared with the whole.
     """
     args, experts = draw(case), case.sizes["E"]
     each = experts // case.sizes["G"]
     verdicts = []
     for bounds in (range(0, experts + 1, each), (0, 1, experts - 2, experts)):  # by group; unevenly
         parts = []
-        for first, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for first, end in pairwise(bounds):
             local = {**args, "first": first}
             for name in ("gate_up", "down"):
                 local[name] = args[name][first:end]

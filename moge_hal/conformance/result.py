@@ -1,4 +1,4 @@
-"""What came of a run: for a person (the table), for a machine (`--json`), and for the shell (the exit code)."""
+"""What came of a run: the table for a person, data for a machine, an exit code for the shell."""
 
 import math
 from collections import Counter, defaultdict
@@ -12,14 +12,14 @@ Word = Literal["passed", "failed", "skipped"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """One case on one backend. error and limit: where they were measured and are numbers; reason: of a failure or a skip."""
+    """One case on one backend."""
 
     id: str
     backend: str
     outcome: Word
-    error: float | None = None
+    error: float | None = None  # where it was measured, and is a number
     limit: float | None = None
-    reason: str = ""
+    reason: str = ""  # of a failure or a skip
 
     @staticmethod
     def of(
@@ -30,7 +30,7 @@ class Outcome:
         limit: float | None = None,
         reason: str = "",
     ) -> "Outcome":
-        """With an infinite error (a NaN where there must be none) said in words: JSON has no such number."""
+        """With an infinite error, that of a NaN, said in words: JSON has no such number."""
         if error is not None and not math.isfinite(error):
             return Outcome(id, backend, outcome, None, limit, f"{reason}: it is not finite")
         return Outcome(id, backend, outcome, error, limit, reason)
@@ -50,18 +50,18 @@ class Result:
 
     @property
     def exit_code(self) -> int:
-        """0 if nothing failed and every backend passed something; 1 otherwise: a run that ran nothing proves nothing."""
+        """0 if nothing failed and every backend passed something, else 1: no run proves nothing."""
         counts = Counter((o.backend, o.outcome) for o in self.outcomes)
         failed = any(counts[backend, "failed"] for backend in self.backends)
         idle = not all(counts[backend, "passed"] for backend in self.backends)
         return 1 if failed or idle or not self.backends else 0
 
     def data(self) -> list[dict[str, Any]]:
-        """One dictionary an outcome: id, backend, outcome, error, limit, reason. JSON can hold it."""
+        """For JSON: a dictionary of id, backend, outcome, error, limit and reason an outcome."""
         return [asdict(outcome) for outcome in self.outcomes]
 
     def report(self) -> str:
-        """Failures with the commands that replay them, skips with their reasons, and the table, which comes last."""
+        """Failures with the commands that replay them, skips with their reasons, then the table."""
         return "\n".join([*self._failures(), *self._skips(), *self._table(), *self._idle()])
 
     def _failures(self) -> list[str]:

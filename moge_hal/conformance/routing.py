@@ -1,8 +1,9 @@
 """The judgement of routes: by margin, never by equality of ids.
 
-Two kernels that both round correctly may prefer different experts where scores are closer than rounding can tell. So an id is right
-if its float64 score is at least the k-th best of its group, less what the limit allows; and the weights are judged for the ids
-that the backend did choose. Exact ties are another property (`route.ties`): there ids are compared.
+Two kernels that both round correctly may prefer different experts where scores are closer than
+rounding can tell. So an id is right if its float64 score is at least the k-th best of its group,
+less what the limit allows; and the weights are judged for the ids that the backend did choose.
+Exact ties are another property (`route.ties`): there ids are compared.
 """
 
 import torch
@@ -19,7 +20,7 @@ _SMALLEST = torch.finfo(torch.float32).tiny  # below it a float32 score may be z
 
 
 def check_structure(ids: Tensor, spec: RouteSpec, experts: int, where: str = "") -> None:
-    """ids [T, K]: in range, distinct, and for MoGE exactly k/G of every group, group by group. Raises `Failure`."""
+    """ids [T, K]: in range, distinct, for MoGE k/G of every group, group by group; or `Failure`."""
     chosen = ids.long()
     if chosen.numel() == 0:
         return
@@ -48,7 +49,7 @@ def check_route(args: Args, ids: Tensor, weights: Tensor, limit: float, where: s
     if ids.numel() == 0:
         return Verdict(0.0, limit)
     rank = _scores(logits, spec) if bias is None else _scores(logits, spec) + bias
-    # Adding a bias rounds to the steps of the sum, which may be coarser than those of a small score.
+    # Adding a bias rounds to the steps of the sum, coarser than those of a small score.
     unit = rank.abs() if bias is None else rank.abs() + 1
     _check_best(ids.long(), rank, unit * limit + _SMALLEST, spec, limit, where)
     error = worst_row(weights, weights_for(ids, logits, spec, scale))
@@ -58,7 +59,7 @@ def check_route(args: Args, ids: Tensor, weights: Tensor, limit: float, where: s
 
 
 def _scores(logits: Tensor, spec: RouteSpec) -> Tensor:
-    """The specification's scores of all experts: what it gives as weights when it has to take them all."""
+    """The specification's scores of all experts: their weights if it has to take them all."""
     ids, weights = ops.route(logits, RouteSpec(1, logits.shape[1], spec.score))
     return torch.zeros_like(logits).scatter(1, ids.long(), weights)
 
@@ -66,7 +67,7 @@ def _scores(logits: Tensor, spec: RouteSpec) -> Tensor:
 def _check_best(
     ids: Tensor, rank: Tensor, slack: Tensor, spec: RouteSpec, limit: float, where: str
 ) -> None:
-    """Each id at least the k-th best of those that compete with it, within the slack; and best first."""
+    """Each id at least the k-th best of those it competes with, within the slack; best first."""
     tokens, experts = rank.shape
     grouped = rank.view(tokens, spec.groups, -1)
     if spec.limit_groups is None:

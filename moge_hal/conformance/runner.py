@@ -1,7 +1,7 @@
 """Runs the suite: pytest, in this process, with our plugin and nothing else.
 
-Nothing outside decides what is judged: neither a configuration file nor a conftest, neither pytest's environment variables
-nor other plugins that happen to be installed.
+Nothing outside decides what is judged: neither a configuration file nor a conftest, neither
+pytest's environment variables nor other plugins that happen to be installed.
 """
 
 import os
@@ -23,7 +23,7 @@ _SUITE = Path(__file__).with_name("suite.py")
 
 
 def list_cases(filters: Sequence[str] = ()) -> list[str]:
-    """The ids that the filters select; all of them without filters. Raises `UserError` as `run` does."""
+    """The ids that the filters select, all without filters. Raises `UserError` as `run` does."""
     return [case.id for case in select(filters)]
 
 
@@ -32,9 +32,10 @@ def run(
 ) -> Result:
     """Judges backends.
 
-    backends: names as for `get_backend`, `package.module:Class` included; None = the one that MOGE_HAL_BACKEND names.
-    filters: globs on ids; a case runs if one of them matches it. echo: print progress and the report.
-    Raises `UserError` for a backend that does not exist or cannot run here, and for a filter that matches no case.
+    backends: names as for `get_backend`, `package.module:Class` included; None = the one that
+    MOGE_HAL_BACKEND names. filters: globs on ids; a case runs if one of them matches it. echo:
+    print progress and the report. Raises `UserError` for a backend that does not exist or cannot
+    run here, and for a filter that matches no case.
     """
     cases = select(filters)
     subjects = (
@@ -57,11 +58,13 @@ def run(
         raise KeyboardInterrupt
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise RuntimeError(f"pytest ended with {code!r} before it had judged every case")
+    if len(plugin.outcomes) != len(cases) * len(subjects):
+        raise RuntimeError("pytest did not run every case")
     return plugin.result()
 
 
 def select(filters: Sequence[str]) -> list[Case]:
-    """The cases whose id a glob matches, in order of the list. A whole id may also be one that is not in the list."""
+    """The cases whose id a glob matches; a whole id may also be one that is not in the list."""
     cases = list(every_case())
     if not filters:
         return cases
@@ -82,7 +85,7 @@ def select(filters: Sequence[str]) -> list[Case]:
 
 @contextmanager
 def _without_pytest_variables() -> Iterator[None]:
-    """PYTEST_ADDOPTS and the like are for the pytest that someone started, not for this one, which may run inside it."""
+    """They are for the pytest that someone started, and this one may run inside it."""
     held = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("PYTEST_")}
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     try:

@@ -1,8 +1,9 @@
-"""The backend under judgement: runs one operation the way a model would, and a model the way a user would.
+"""The backend under judgement: runs one operation as a model would, and a model as a user would.
 
-An operation is bound as in a model (fallbacks included), its weights are packed, and the one-operation module goes through the
-backend's `compile`. A graph backend so compiles one graph for all inputs of the same static sizes; for an eager backend
-compiling changes nothing. A failed compile is remembered, since every case of its sizes would fail in the same way.
+An operation is bound as in a model (fallbacks included), its weights are packed, and the
+one-operation module goes through the backend's `compile`. A graph backend so compiles one graph for
+all inputs of the same static sizes; for an eager backend compiling changes nothing. A failed
+compile is remembered, since every case of its sizes would fail in the same way.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,9 +21,11 @@ from moge_hal.conformance.cases import Case
 from moge_hal.conformance.inputs import ACTIVATIONS, PER_TOKEN, Args
 from moge_hal.conformance.oracle import Outputs
 from moge_hal.conformance.verdict import Failure, Skip
+from moge_hal.errors import UserError
 from moge_hal.runtime import Model
 
-# The weights that a model packs, by operation and argument; the role is that of the module that holds them (`model.py`).
+# The weights that a model packs, by operation and argument; the role is that of the module that
+# holds them (`model.py`).
 ROLES = {
     ("embed", "w"): "embed.w",
     ("linear", "w"): "linear.w",
@@ -41,7 +44,7 @@ _PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43)
 
 
 class OneOperation(nn.Module):
-    """A module that is one operation. What varies (tensors, a layer's cache) is an argument, everything else is fixed."""
+    """One operation as a module: tensors and a layer's cache are arguments, the rest is fixed."""
 
     def __init__(self, backend: Backend, op: str, args: Args) -> None:
         super().__init__()
@@ -58,16 +61,20 @@ class OneOperation(nn.Module):
 
 @dataclass
 class Bound:
-    """What a model of a case's sizes would run: the backend with its fallbacks, and who serves what, by operation."""
+    """What a model of a case's sizes would run."""
 
-    backend: Backend
-    choices: dict[str, Choice]
+    backend: Backend  # with its fallbacks
+    choices: dict[str, Choice]  # by operation
 
 
 class Subject:
     """A backend under judgement. label: the name that it was asked for by."""
 
     def __init__(self, backend: Backend, label: str | None = None) -> None:
+        kind = type(backend)
+        if backend.name == Backend.name and kind is not Backend:
+            # Binding would take its operations for the default ones, and these would be judged.
+            raise UserError(f"{kind.__module__}:{kind.__qualname__} needs a `name` of its own")
         self.backend = backend
         self.label = label or backend.name
         self._bound: dict[Any, Bound] = {}
@@ -86,7 +93,7 @@ class Subject:
         return self._bound[key]
 
     def new_cache(self, case: Case, batch: int) -> Any:
-        """The backend's cache of one layer, for an `attention` case: two positions more than its sequence has."""
+        """The backend's cache of one layer, with room for two positions more than the sequence."""
         s = case.sizes
         heads = {"num_attention_heads": s["H"], "num_key_value_heads": s["Hkv"], "head_dim": s["d"]}
         config = preset("tiny", num_hidden_layers=1, **heads)
@@ -100,23 +107,23 @@ class Subject:
         return out if isinstance(out, tuple) else (out,)
 
     def call(self, case: Case, args: Args) -> Any:
-        """The case's operation on these arguments, in inference, with all that it returns. A layer's cache is donated.
+        """All that the case's operation returns for these arguments, in inference.
 
-        Raises `Failure` if it writes to another input or leaves an output on another device, and `Skip` if it is the operation
-        of a graph backend that refuses it.
+        A layer's cache is donated. Raises `Failure` if another input is written to or an output
+        lies on another device, and `Skip` for an operation that a graph backend refuses.
         """
         bound, device = self.bound(case), self.backend.device()
-        choice = bound.choices[case.op]
-        own = choice.implementation != "default"
-        if self.backend.graph and not own:
-            raise Skip(f"{case.op}: {choice.reason}")
+        own = {op for op, choice in bound.choices.items() if choice.implementation != "default"}
+        overridden = getattr(type(self.backend), case.op) is not getattr(Backend, case.op)
+        if self.backend.graph and overridden and case.op not in own:
+            raise Skip(f"{case.op}: {bound.choices[case.op].reason}")
         placed = {n: _place(v, n, case, device) for n, v in args.items() if isinstance(v, Tensor)}
         before = {name: value.clone() for name, value in placed.items()}
         given = {name: placed.get(name, v) for name, v in args.items() if _varies(name, v)}
-        if own:
-            for name in given:
-                if (case.op, name) in ROLES:
-                    given[name] = bound.backend.pack(ROLES[case.op, name], given[name])
+        for name, value in placed.items():
+            role = ROLES.get((case.op, name), "")
+            if role.partition(".")[0] in own:
+                given[name] = bound.backend.pack(role, value)
         step = self._compile(case, bound.backend, args, given)
         with torch.inference_mode():
             out = step(*given.values())
@@ -130,7 +137,7 @@ class Subject:
         return out
 
     def _compile(self, case: Case, backend: Backend, args: Args, given: Args) -> Callable[..., Any]:
-        """What runs the operation: one for all arguments that differ only in what varies, B, S and T."""
+        """What runs the operation on all arguments that differ in no more than B, S and T."""
         axes = ("B", "S") if "B" in case.sizes else ("T",)
         cached = given.get("cache") is not None
         static = {
@@ -177,7 +184,7 @@ def _varies(name: str, value: object) -> bool:
 
 
 def _place(value: Tensor, name: str, case: Case, device: torch.device) -> Tensor:
-    """A copy on the device, laid out as the shape's words say; what lies between its elements is NaN."""
+    """A copy on the device, laid out as the shape's words say, with NaN where nobody may read."""
     blank = float("nan") if value.is_floating_point() else 0
     if "offset" in case.words:
         flat = value.new_full((value.numel() + 3,), blank, device=device)

@@ -1,6 +1,6 @@
 """The suite, as pytest sees it: one test, which the plugin multiplies by backends and cases.
 
-    moge-hal conformance --backend cpu,onnx --filter 'experts/*'
+moge-hal conformance --backend cpu,onnx --filter 'experts/*'
 """
 
 from collections.abc import Callable
@@ -13,9 +13,7 @@ from moge_hal.conformance.subject import Subject
 from moge_hal.conformance.verdict import Skip
 
 
-def test_case(
-    subject: Subject, case: Case, record_property: Callable[[str, object], None]
-) -> None:
+def test_case(subject: Subject, case: Case, record_property: Callable[[str, object], None]) -> None:
     try:
         record_property("verdict", judge(subject, case))
     except Skip as skip:

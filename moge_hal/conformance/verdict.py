@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Verdict:
-    """A passed case: the worst error that was seen and what it was allowed to be, if it was measured."""
+    """A passed case: the error nearest to its limit, and that limit, if they were measured."""
 
     error: float | None = None
     limit: float | None = None

@@ -1,4 +1,4 @@
-"""The models that are judged whole: a small one in which everything is random, and the one that the package ships."""
+"""The models that are judged whole: small ones of random weights, and the one that is shipped."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -18,7 +18,8 @@ from moge_hal.model import skeleton
 def random_weights(config: Config, seed: int) -> dict[str, Tensor]:
     """Float32 weights by canonical name, none of them at the value that would hide its absence.
 
-    Biases are not 0, norms and router scales not 1 but in (0.5, 2]: a backend that forgets one of them is wrong by a lot.
+    Biases are not 0, norms and router scales not 1 but in (0.5, 2]: a backend that forgets one of
+    them is wrong by a lot.
     """
     weights = {}
     for name, parameter in skeleton(config).named_parameters():
@@ -36,7 +37,7 @@ def random_weights(config: Config, seed: int) -> dict[str, Tensor]:
 
 
 def model_weights(case: Case) -> tuple[Config, Mapping[str, Tensor]]:
-    """The configuration and weights of a `model` case. Raises `Skip` if no model is shipped here."""
+    """The configuration and weights of a `model` case. Raises `Skip` if no model is shipped."""
     return _shipped() if "shipped" in case.words else _random(case.sizes["seed"])
 
 

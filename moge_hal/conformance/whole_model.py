@@ -1,7 +1,7 @@
 """What a whole model must keep, through `Model.step` alone: eager and graph backends alike.
 
-Every property plays a scene with the backend's model and lets the oracle follow (`forced.py`): however a text is cut into steps,
-its logits are those of one pass.
+Every property plays a scene with the backend's model and lets the oracle follow (`forced.py`):
+however a text is cut into steps, its logits are those of one pass.
 """
 
 from collections.abc import Callable
@@ -39,14 +39,14 @@ def _scene(
     ids = integers(f"{case.id}/ids", batch, length, low=0, high=config.vocab_size)
     positions = torch.arange(length).repeat(batch, 1)
     model = subject.model(case.shape, config, weights)
-    return model, _oracle(replace(case, property="")), ids, positions
+    return model, _oracle(replace(case, prop="")), ids, positions
 
 
 def one_pass(subject: Subject, case: Case) -> Verdict:
     """Whole rows without a cache.
 
-    Guards against: the bias of the output projection left out; router_scale forgotten; a norm applied before the residual instead
-    of after; a shared expert counted once a rank: what each operation's own cases cannot see, because the model is at fault.
+    Guards against what hangs on how a model uses the operations: the bias of the output projection
+    left out, router_scale forgotten, a weight packed for another role than its own.
     """
     model, oracle, ids, positions = _scene(subject, case, 2, 33)
     return oracle.check(play(model, ids, positions, [33], None)[0])
@@ -55,7 +55,8 @@ def one_pass(subject: Subject, case: Case) -> Verdict:
 def decode(subject: Subject, case: Case) -> Verdict:
     """A prompt, then a token at a time.
 
-    Guards against: a decode path of its own (one row, another kernel) that drifts from prefill; positions that start at 0 again.
+    Guards against: a decode path of its own (one row, another kernel) that drifts from prefill;
+    positions that start at 0 again.
     """
     model, oracle, ids, positions = _scene(subject, case, 2, 21)
     sizes = [13, *[1] * 8]
@@ -65,7 +66,8 @@ def decode(subject: Subject, case: Case) -> Verdict:
 def chunks(subject: Subject, case: Case) -> Verdict:
     """Prefill in chunks of odd sizes.
 
-    Guards against: masks that suppose an empty cache; shapes that a compiled step was specialised to.
+    Guards against: masks that suppose an empty cache; shapes that a compiled step was specialised
+    to.
     """
     model, oracle, ids, positions = _scene(subject, case, 1, 50)
     return oracle.check(play(model, ids, positions, chunk_sizes(50), model.new_cache(1, 64))[0])
@@ -74,29 +76,32 @@ def chunks(subject: Subject, case: Case) -> Verdict:
 def long(subject: Subject, case: Case) -> Verdict:
     """A prompt of 531 tokens, then 2 more.
 
-    Guards against: rotary tables or masks of a fixed length; angles computed in low precision, which are right for the first
-    hundred positions; blocks of 512 whose second one is wrong.
+    Guards against: rotary tables or masks of a fixed length; angles computed in low precision,
+    which are right for the first hundred positions; blocks of 512 whose second one is wrong.
     """
     model, oracle, ids, positions = _scene(subject, case, 1, 533)
     return oracle.check(play(model, ids, positions, [531, 1, 1], model.new_cache(1, 600))[0])
 
 
 def ragged(subject: Subject, case: Case) -> Verdict:
-    """Rows padded left, right and on both sides, then decoded each at its own position, some of them padding again.
+    """Rows of different lengths, padded anywhere, in two chunks and then a token at a time, each
+    row at its own position.
 
-    Guards against: padding that takes a slot, a position, or an expert's capacity; a NaN of a padding row that the next layer
-    spreads. Rows end at different times: a finished row is fed padding while the others go on.
+    Guards against: padding that takes a slot, a position, or an expert's capacity; a NaN of a
+    padding row that the next layer spreads. Rows end at different times: a finished row is fed
+    padding while the others go on.
     """
-    model, oracle, ids, positions = _scene(subject, case, 4, 22)
-    positions = ragged_positions(4, 22)
+    model, oracle, ids, _ = _scene(subject, case, 4, 22)
+    positions = ragged_positions(*ids.shape)
     cache = model.new_cache(4, 24)
-    return oracle.check(play(model, ids, positions, [9, 8, 1, 1, 1, 1, 1], cache)[0])
+    return oracle.check(play(model, ids, positions, [11, 6, 1, 1, 1, 1, 1], cache)[0])
 
 
 def stale(subject: Subject, case: Case) -> Verdict:
     """Two prompts one after the other, each with a new cache: the second sees nothing of the first.
 
-    Guards against: buffers that are handed out again without being cleared, and a length that is not reset.
+    Guards against: buffers that are handed out again without being cleared, and a length that is
+    not reset.
     """
     model, oracle, ids, positions = _scene(subject, case, 2, 40)
     play(model, ids, positions, [38, 1, 1], model.new_cache(2, 48))
@@ -105,7 +110,7 @@ def stale(subject: Subject, case: Case) -> Verdict:
 
 
 def unwritten(subject: Subject, case: Case) -> Verdict:
-    """A cache full of NaN instead of zeros: a slot that nobody has written must not reach the logits.
+    """A cache full of NaN instead of zeros: a slot that nobody wrote must not reach the logits.
 
     Guards against: 0 * NaN in an attention that masks the scores and multiplies all values.
     """
@@ -116,9 +121,10 @@ def unwritten(subject: Subject, case: Case) -> Verdict:
 
 
 def cache_full(subject: Subject, case: Case) -> Verdict:
-    """A step beyond the capacity is an error before anything is written, and the last slot is usable.
+    """A step beyond the capacity is an error that writes nothing, and the last slot is usable.
 
-    Guards against: a capacity off by one; writes that wrap around over the first tokens; an error that leaves half a step behind.
+    Guards against: a capacity off by one; writes that wrap around over the first tokens; an error
+    that leaves half a step behind.
     """
     model, oracle, ids, positions = _scene(subject, case, 2, 12)
     before, cache = play(model, ids[:, :8], positions[:, :8], [8], model.new_cache(2, 9))
@@ -133,7 +139,7 @@ def cache_full(subject: Subject, case: Case) -> Verdict:
 
 
 def dtype(subject: Subject, case: Case) -> Verdict:
-    """A parameter type that the backend does not name among its own is a clear error when the model is bound.
+    """A parameter type that the backend does not name is a clear error when a model is bound.
 
     Guards against: a silent conversion, or a crash in the middle of the first step.
     """

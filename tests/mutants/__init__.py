@@ -1,4 +1,5 @@
-"""Backends that are wrong on purpose, one fault each, most of them faults that real implementations had.
+"""Backends that are wrong on purpose, one fault each, most of them faults that real implementations
+had.
 
 `test_mutants.py` names the property that must reject each. To see one fail by hand:
 

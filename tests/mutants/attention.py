@@ -12,7 +12,7 @@ from moge_hal.config import Config
 
 
 class Spelled(Backend):
-    """A right attention with a method for every decision that it takes. Each mutant takes one of them wrongly."""
+    """A right attention, a method for every decision. Each mutant takes one of them wrongly."""
 
     name = "spelled"
 

@@ -10,14 +10,14 @@ from moge_hal.backend import Backend
 
 
 class CapacityDrops(Backend):
-    """An expert takes 1.25 times its fair share of the tokens and drops the rest."""
+    """An expert takes twice its fair share of the tokens and drops the rest."""
 
     name = "capacity-drops"
 
     def experts(
         self, x: Tensor, gate_up: Any, down: Any, ids: Tensor, weights: Tensor, first: int = 0
     ) -> Tensor:
-        capacity = -(-ids.numel() * 5 // (len(gate_up) * 4))
+        capacity = -(-ids.numel() * 2 // len(gate_up))
         chosen = ids.flatten().long()[:, None] == torch.arange(len(gate_up)) + first
         late = (chosen & (chosen.cumsum(0) > capacity)).any(1).view(ids.shape)
         return ops.experts(x, gate_up, down, ids, weights.masked_fill(late, 0.0), first)

@@ -16,7 +16,8 @@ class EpsilonOutside(Backend):
     name = "epsilon-outside"
 
     def rms_norm(self, x: Tensor, w: Any, eps: float) -> Tensor:
-        return x / (x.pow(2).mean(-1, keepdim=True).sqrt() + eps) * w
+        root = x.pow(2).mean(-1, keepdim=True).sqrt()
+        return x / (root + eps) * ops.up(w)
 
 
 class ResidualInPlace(Backend):
@@ -32,7 +33,7 @@ class ResidualInPlace(Backend):
 
 
 class OutputBiasForgotten(Backend):
-    """No bias where a projection is wider than its output: in the preset of the tests, o_proj alone."""
+    """No bias where the input is wider than the output: in the judged model, o_proj alone."""
 
     name = "output-bias-forgotten"
 

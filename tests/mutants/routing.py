@@ -22,7 +22,7 @@ class GlobalTopK(Backend):
 
 
 class GroupsAndMembersSwapped(Backend):
-    """As many groups as a group has members; invisible in a model of 64 experts, 8 groups and 8 choices."""
+    """As many groups as a group has members: invisible with 64 experts in 8 groups."""
 
     name = "groups-and-members-swapped"
 
@@ -129,7 +129,7 @@ class BestOfTheBatch(Backend):
 
 
 class NaNOutOfRange(Backend):
-    """A selection by comparing finds nothing in a row of NaN, and says so with an index that is none."""
+    """Finds nothing in a row of NaN, and says so with an index that is none."""
 
     name = "nan-out-of-range"
 

@@ -1,0 +1,1 @@
+"""Backends that are right in another way. No limit may reject one of them, whatever the seed."""
