@@ -38,6 +38,8 @@ class OnnxBackend(Lowering):
             number = version("onnxruntime")
         except PackageNotFoundError:
             number = "of another name"  # onnxruntime-gpu and its like
+        if self.index:
+            return Probe(False, f"there is no onnx:{self.index}, only one.", "name onnx alone.")
         return Probe(True, device=f"ONNX Runtime {number}, CPUExecutionProvider")
 
     def new_cache(

@@ -175,7 +175,9 @@ def route(
     experts = logits.shape[1]
     members = experts // groups
     scores = b.Softmax(logits, axis=-1) if score == "softmax" else b.Sigmoid(logits)
-    order = scores if bias is None else b.Add(scores, bias)
+    # As in ops.route: logits rank alike, and do not tie where scores underflow.
+    ranked = logits if bias is None and limit_groups is None else scores
+    order = ranked if bias is None else b.Add(ranked, bias)
     grouped = b.Reshape(order, [-1, groups, members])
     if limit_groups is None:
         best = _best(b, grouped, k // groups)[1]

@@ -33,6 +33,11 @@ class AppendCache:
     layers: list[AppendLayer]
     capacity: int
 
+    @property
+    def batch(self) -> int:
+        """How many rows it holds."""
+        return len(self.layers[0].key)
+
     @staticmethod
     def empty(config: Config, batch: int, capacity: int) -> "AppendCache":
         """A past of no slots."""

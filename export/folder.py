@@ -20,7 +20,7 @@ from moge_hal.export.dialect import decoder_graph, past_names, weights_in
 from moge_hal.export.library import Lowering
 from moge_hal.export.session import OnnxStep
 from moge_hal.files import new_folder
-from moge_hal.load import load
+from moge_hal.loading import load
 from moge_hal.model import Transformer
 from moge_hal.runtime import Model
 

@@ -8,16 +8,17 @@ The public names: `load`, `save`, `get_backend`, `backends()`, `Model`, `Config`
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moge_hal.backend import Backend, Facts, Probe, Step, StepOut
-from moge_hal.checkpoint import save
-from moge_hal.config import Config, preset
-from moge_hal.errors import CacheFullError, UserError
-from moge_hal.load import load
-from moge_hal.registry import get_backend
-from moge_hal.router import RouteSpec
-from moge_hal.runtime import Model
+if TYPE_CHECKING:
+    from moge_hal.backend import Backend, Facts, Probe, Step, StepOut
+    from moge_hal.checkpoint import save
+    from moge_hal.config import Config, preset
+    from moge_hal.errors import CacheFullError, UserError
+    from moge_hal.loading import load
+    from moge_hal.registry import get_backend
+    from moge_hal.router import RouteSpec
+    from moge_hal.runtime import Model
 
 __version__ = "0.1.0"
 
@@ -44,9 +45,28 @@ __all__ = [
     "save",
 ]
 
+# Imported on first use: `moge-hal --help` need not wait for torch, nor the core for onnx or pytest.
+_HOMES = {
+    "Backend": "backend",
+    "CacheFullError": "errors",
+    "Config": "config",
+    "Facts": "backend",
+    "Model": "runtime",
+    "Probe": "backend",
+    "RouteSpec": "router",
+    "Step": "backend",
+    "StepOut": "backend",
+    "UserError": "errors",
+    "get_backend": "registry",
+    "load": "loading",
+    "preset": "config",
+    "save": "checkpoint",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Subpackages on first use: the core starts without what it may not need (onnx, pytest)."""
     if name in ("backends", "conformance", "export"):
         return importlib.import_module(f"moge_hal.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"moge_hal.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'moge_hal' has no attribute {name!r}")

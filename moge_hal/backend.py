@@ -86,7 +86,12 @@ class Backend:
         self.index = index
 
     def probe(self) -> Probe:
-        """Can it run here? Must be cheap, open nothing and never raise. Default: yes."""
+        """Can it run here? Must be cheap, open nothing and never raise. Default: yes, unless a
+        second device is asked for.
+        """
+        if self.index:
+            reason = f"there is no {self.name}:{self.index}, only one."
+            return Probe(False, reason, f"name {self.name} alone.")
         return Probe(True, device="CPU, plain torch")
 
     def device(self) -> torch.device:
@@ -104,13 +109,15 @@ class Backend:
         read-only. Default: as it is.
 
         role: operation and argument, e.g. `experts.gate_up`. Asked only for operations that the
-        backend overrides itself, so only that override ever meets what this returns.
+        backend overrides itself. Such an override meets weights as they are, too, when a default
+        composite calls it (`swiglu_ffn` calls `linear`); `add_rms_norm` gets `rms_norm.w`.
         """
         return weight
 
     def new_cache(self, config: Config, batch: int, capacity: int, dtype: torch.dtype) -> Any:
-        """A zero-filled cache, a pytree with an attribute `capacity`. Default: position p in slot
-        p, on `device()`.
+        """A zero-filled cache: a pytree with attributes `layers` (what `attention` gets, one a
+        layer), `batch` and `capacity`, and a method `with_layers(layers)` that gives the cache
+        after a step. Default: position p in slot p, on `device()`.
         """
         return Cache.zeros(
             config.num_hidden_layers,

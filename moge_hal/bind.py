@@ -5,6 +5,7 @@ remembers why.
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from moge_hal import ops
 from moge_hal.backend import Backend, Facts
 from moge_hal.config import Config
-from moge_hal.errors import UserError
+from moge_hal.errors import UserError, close_matches
 from moge_hal.model import Transformer, Weights
+from moge_hal.router import RouteSpec
 from moge_hal.runtime import Model
 
 Mode = Literal["infer", "train"]
@@ -50,16 +52,11 @@ def bind(
     dtype = check_dtype(backend, dtype)
     if mode == "train" and backend.graph:
         raise UserError(f"backend {backend.name!r} runs exported graphs and cannot train; use cpu")
-    bound, choices = bind_operations(backend, config, dtype, mode, overrides or {}, strict)
-    transformer = Transformer(config, bound, dtype)
-    _fill(
-        transformer,
-        weights,
-        bound,
-        mode,
-        dtype,
-        {c.op for c in choices if c.own},
+    bound, choices = bind_operations(
+        backend, config.sizes, config.route, dtype, mode, overrides or {}, strict
     )
+    transformer = Transformer(config, bound, dtype)
+    _fill(transformer, weights, bound, mode, dtype, {c.op for c in choices if c.own})
     transformer.train(mode == "train")
     step = bound.compile(transformer, (), {}) if mode == "infer" else transformer
     if mode == "train":
@@ -78,20 +75,27 @@ def check_dtype(backend: Backend, dtype: torch.dtype | None) -> torch.dtype:
 
 def bind_operations(
     backend: Backend,
-    config: Config,
+    sizes: Mapping[str, int],
+    route: RouteSpec | None,
     dtype: torch.dtype,
     mode: Mode,
-    overrides: Mapping[str, str],
-    strict: bool,
+    overrides: Mapping[str, str] = MappingProxyType({}),
+    strict: bool = False,
 ) -> tuple[Backend, list[Choice]]:
     """A copy of the backend in which every operation that it cannot serve is the default, and the
     list of who serves what.
     """
+    for op, implementation in overrides.items():
+        if op not in ops.NAMES or implementation != "default":
+            near = close_matches(op, ops.NAMES)
+            raise UserError(f"override {op}={implementation}: must be an operation=default.{near}")
     choices, fallbacks = [], {}
     for op in ops.NAMES:
-        choice = _choose(
-            backend, Facts(op, dtype, mode == "train", config.sizes, config.route), overrides
-        )
+        if op in vars(backend):
+            raise UserError(
+                f"backend {backend.name!r} sets {op} on the instance; make it a method of its class"
+            )
+        choice = _choose(backend, Facts(op, dtype, mode == "train", sizes, route), overrides)
         choices.append(choice)
         overridden = getattr(type(backend), op) is not getattr(Backend, op)
         if overridden and not choice.own:
@@ -112,7 +116,11 @@ def _choose(backend: Backend, facts: Facts, overrides: Mapping[str, str]) -> Cho
         return Choice(facts.op, "default", "asked for by MOGE_HAL_OPS")
     if getattr(type(backend), facts.op) is getattr(Backend, facts.op):
         return Choice(facts.op, "default", f"{backend.name} does not override it")
-    reason = backend.why_not(facts)
+    try:
+        reason = backend.why_not(facts)
+    except Exception as error:  # the contract forbids it, so the backend's author is to blame
+        fault = f"raised {type(error).__name__} in why_not({facts.op}): {error}"
+        raise UserError(f"backend {backend.name!r} {fault}") from error
     if reason is not None:
         return Choice(facts.op, "default", reason)
     return Choice(facts.op, backend.name, "the backend's own", own=True)
@@ -134,10 +142,15 @@ def _fill(
         if not isinstance(module, Weights):
             continue
         for name, shape in [(n, tuple(p.shape)) for n, p in module.named_parameters(recurse=False)]:
-            weight = weights[f"{path}.{name}"].detach()
+            try:
+                weight = weights[f"{path}.{name}"].detach()
+            except KeyError:
+                sentence = f"{path}.{name} of shape {shape} is missing from the weights"
+                raise UserError(sentence) from None
             if tuple(weight.shape) != shape:
                 raise UserError(f"{path}.{name} has shape {tuple(weight.shape)}, must be {shape}")
-            weight = weight.to(device=device, dtype=dtype)
+            # Training changes its weights, which must not be the caller's own.
+            weight = weight.to(device=device, dtype=dtype, copy=mode == "train")
             role = module.roles[name]
             packed: Any = weight
             if mode == "infer" and role.split(".")[0] in own:

@@ -34,6 +34,11 @@ class Cache:
     layers: list[LayerCache]
     capacity: int
 
+    @property
+    def batch(self) -> int:
+        """How many rows it holds."""
+        return len(self.layers[0].k)
+
     @staticmethod
     def zeros(
         layers: int,

@@ -6,6 +6,7 @@ command was asked for goes to stdout, everything else to stderr.
 
 import io
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -46,6 +47,7 @@ def main() -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter that a model writes
+    sys.path.append(os.getcwd())  # where the author of a backend `package.module:Class` works
     try:
         app()
     except UserError as error:
@@ -95,7 +97,7 @@ def generate(
     ] = False,
 ) -> None:
     """Write text that follows the prompts, which are printed with it."""
-    from moge_hal.load import load
+    from moge_hal.loading import load
 
     texts = _prompts(prompts, prompt_file)
     options: dict[str, Any] = {
@@ -149,7 +151,7 @@ def export(
 ) -> None:
     """Write a model as ONNX, with configuration and tokenizer, checked against torch."""
     from moge_hal.export import to_onnx
-    from moge_hal.load import shipped_model
+    from moge_hal.loading import shipped_model
 
     with _progress() as progress:
         bar = progress.add_task("export", total=None)
@@ -189,10 +191,10 @@ def train(
     import torch
 
     from moge_hal.config import preset as named
-    from moge_hal.load import shipped_model
+    from moge_hal.loading import shipped_model
     from moge_hal.registry import get_backend
-    from moge_hal.train import Recipe, Validation
-    from moge_hal.train import train as run
+    from moge_hal.training.train import Recipe, Validation
+    from moge_hal.training.train import train as run
 
     if threads < 1:
         raise UserError(f"threads = {threads} must be at least 1")
@@ -241,8 +243,8 @@ def balance(
 
     from moge_hal.balance import CALL, draw, measure
     from moge_hal.balance import as_json as rows_as_json
-    from moge_hal.data import read_corpus, split
-    from moge_hal.load import load, shipped_model
+    from moge_hal.loading import load, shipped_model
+    from moge_hal.training.data import read_corpus, split
 
     loaded = load(model, backend)
     if loaded.tokenizer is None:

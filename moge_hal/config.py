@@ -7,6 +7,7 @@ field for the groups, since there a group gives one expert: groups = num_experts
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -54,8 +55,8 @@ class Config:
             ):
                 _refuse(field.name, value, "must be a number")
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
-            if not getattr(self, name) > 0:
-                _refuse(name, getattr(self, name), "must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                _refuse(name, getattr(self, name), "must be finite and above 0")
         if not self.router_aux_loss_coef >= 0:
             _refuse("router_aux_loss_coef", self.router_aux_loss_coef, "must not be negative")
         self._divides("num_attention_heads", "num_key_value_heads")
@@ -183,15 +184,18 @@ def _refuse_other_models(data: Mapping[str, Any]) -> None:
     for one).
     """
     architectures = data.get("architectures") or [ARCHITECTURE]
-    if architectures[0] != ARCHITECTURE:
+    if not isinstance(architectures, list) or architectures[0] != ARCHITECTURE:
         _refuse("architectures", architectures, f"must be [{ARCHITECTURE!r}]: another model")
     rope = data.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        _refuse("rope_parameters", rope, "must be a table")
     expected = {
         "hidden_act": (data.get("hidden_act", "silu"), "silu"),
         "tie_word_embeddings": (data.get("tie_word_embeddings", False), False),
-        "norm_topk_prob": (data.get("norm_topk_prob", False), False),
+        "norm_topk_prob": (data.get("norm_topk_prob") or False, False),
         "rope_scaling": (data.get("rope_scaling"), None),
         "rope_parameters.rope_type": (rope.get("rope_type", "default"), "default"),
+        "rope_parameters.partial_rotary_factor": (rope.get("partial_rotary_factor", 1), 1),
     }
     for name, (value, only) in expected.items():
         if value != only:

@@ -7,7 +7,7 @@ hold the weights under the released names (gate and up projections fused, expert
 tells a backend what each weight is for when it may pack it.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,10 +80,12 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, cache: Any
     ) -> tuple[Tensor, Any]:
-        heads = (*positions.shape, -1, self.head_dim)
         q, k, v = (
-            self.backend.linear(x, p.weight, p.bias).view(heads)
-            for p in (self.q_proj, self.k_proj, self.v_proj)
+            y.view(*positions.shape, y.shape[-1] // self.head_dim, self.head_dim)
+            for y in (
+                self.backend.linear(x, p.weight, p.bias)
+                for p in (self.q_proj, self.k_proj, self.v_proj)
+            )
         )
         q, k = self.backend.rotary(q, k, cos, sin)
         mixed, cache = self.backend.attention(q, k, v, cache, positions)
@@ -150,12 +152,13 @@ class Transformer(nn.Module):
         run, eps = self.backend, self.config.rms_norm_eps
         cos, sin = self.rotary(positions)
         residual = run.embed(ids.reshape(-1), self.embed_tokens.weight)  # [T, D]
-        x = run.rms_norm(residual, self.layers[0].input_layernorm.weight, eps)
+        layers = cast(list[Layer], list(self.layers))  # nn.ModuleList says Module
+        x = run.rms_norm(residual, layers[0].input_layernorm.weight, eps)
         caches, routes, router_logits = [], [], []
         # Each norm is fused with the addition before it, so the one after a layer belongs to the
         # next layer, or is the last.
-        following = [layer.input_layernorm for layer in self.layers[1:]] + [self.norm]
-        for i, (layer, next_norm) in enumerate(zip(self.layers, following, strict=True)):
+        following = [layer.input_layernorm for layer in layers[1:]] + [self.norm]
+        for i, (layer, next_norm) in enumerate(zip(layers, following, strict=True)):
             held = None if cache is None else cache.layers[i]
             x, held = layer.self_attn(x, positions, cos, sin, held)
             norm = layer.post_attention_layernorm
@@ -165,12 +168,12 @@ class Transformer(nn.Module):
             caches.append(held)
             routes.append(ids_i)
             router_logits.append(logits_i)
-        x = x.view(*ids.shape, -1)
+        x = x.view(*ids.shape, x.shape[-1])
         if last_only:
             x = x[:, -1:]
         logits = up(run.linear(x.reshape(-1, x.shape[-1]), self.lm_head.weight))
         return StepOut(
-            logits.view(*x.shape[:2], -1),
+            logits.view(*x.shape[:2], logits.shape[-1]),
             None if cache is None else cache.with_layers(caches),
             torch.stack(routes),
             torch.stack(router_logits) if self.training else None,

@@ -111,7 +111,8 @@ def attention(
     v = v.masked_fill(~visible.any(1)[:, :, None, None], 0)
     kv_heads = k.shape[2]
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, size)
-    scores = torch.einsum("bsgrd,bngd->bgrsn", grouped, k) / math.sqrt(size)
+    # q is divided, not the product, which float16 cannot always hold.
+    scores = torch.einsum("bsgrd,bngd->bgrsn", grouped / math.sqrt(size), k)
     lowest = torch.finfo(scores.dtype).min  # finite, so that a row with nothing to see is no NaN
     scores = scores.masked_fill(~visible[:, None, None], lowest)
     mixed = torch.einsum("bgrsn,bngd->bsgrd", up(scores).softmax(-1).to(v.dtype), v)
@@ -135,9 +136,7 @@ def router_logits(x: Tensor, w: Tensor) -> Tensor:
     Logits in bfloat16 change a selected expert for 1.7-3.5 % of the tokens of a layer and tie
     exactly in 0.4-0.9 % of groups.
     """
-    with torch.autocast(
-        x.device.type, enabled=False
-    ):  # training's autocast must not narrow it either
+    with torch.autocast(x.device.type, enabled=False):  # not even training's may narrow it
         return F.linear(up(x), up(w))
 
 
@@ -148,13 +147,19 @@ def route(
     weights [T, K].
 
     score = softmax over all experts or sigmoid; bias is added for the selection only; ids come
-    group by group, best first, and on exactly equal scores the lowest index wins. weight =
+    group by group, best first, and on exactly equal logits the lowest index wins. weight =
     score[id], renormalised if the spec says so, times spec.factor, times scale[id] (MoGE's
     router_scale: it does not take part in the selection). Weights are at least float32.
     """
     tokens, experts = logits.shape
+    eligible = (spec.limit_groups or spec.groups) * (experts // spec.groups)
+    if experts % spec.groups or spec.k > eligible:
+        raise ValueError(f"{spec} cannot choose among {experts} experts")
     scores = up(logits).softmax(-1) if spec.score == "softmax" else up(logits).sigmoid()
-    order = scores.detach() if bias is None else scores.detach() + up(bias)
+    # Both scores rise with their logit, so logits rank alike, and do not tie where scores underflow
+    # to 0 or saturate at 1.
+    ranked = up(logits) if bias is None and spec.limit_groups is None else scores
+    order = ranked.detach() if bias is None else ranked.detach() + up(bias)
     grouped = order.view(tokens, spec.groups, experts // spec.groups)
     if spec.limit_groups is None:
         best = _best(grouped, spec.k // spec.groups)

@@ -5,7 +5,6 @@ backend that is not installed can be named `package.module:Class`. The environme
 one function, and nowhere else.
 """
 
-import importlib
 import os
 from collections import defaultdict
 from collections.abc import Mapping
@@ -105,16 +104,21 @@ def get_backend(name: str | None = None) -> Backend:
     `ascend,cuda` = the first of these that can run. `package.module:Class` = a class that is not
     installed. Raises `BackendError` with the reason and the fix for every backend.
     """
-    wanted = name or settings().backend
+    wanted, known = name or settings().backend, _entry_points()
     if wanted == "auto":
-        choices = [n for n in AUTOMATIC if n in _entry_points()]
+        choices = [n for n in AUTOMATIC if n in known]
     else:
         choices = [part.strip() for part in wanted.split(",") if part.strip()]
     if not choices:
         raise BackendError(f"no backend in {wanted!r}; there are:\n{table()}")
     refusals = []
-    for choice in choices:
-        backend = _create(choice)
+    # All are parsed before the first is tried: a misspelt name is an error wherever it stands.
+    for choice, (path, index) in [(c, _parse(c, known)) for c in choices]:
+        try:
+            backend = _load(path, known[path], index) if path in known else _instance(_import(path))
+        except BackendError as error:
+            refusals.append(str(error))
+            continue
         probe = _probe(backend)
         if probe.ok:
             return backend
@@ -126,15 +130,14 @@ def _entry_points() -> dict[str, list[EntryPoint]]:
     """Entry points by backend name; more than one distribution may claim a name, which is an error
     when it is used.
     """
-    found: dict[str, dict[str, EntryPoint]] = defaultdict(dict)
-    for point in entry_points(group=GROUP):
-        # A clone on sys.path and an installed wheel are the same distribution seen twice.
-        found[point.name][point.dist.name if point.dist else point.value] = point
-    return {name: list(points.values()) for name, points in found.items()}
+    found = defaultdict(list)
+    for point in entry_points(group=GROUP):  # of the first distribution of a name on sys.path
+        found[point.name].append(point)
+    return found
 
 
 def _inspect(name: str, points: list[EntryPoint]) -> BackendInfo:
-    source = ", ".join(p.dist.name if p.dist else p.value for p in points)
+    source = ", ".join(_claims(points))
     try:
         backend = _load(name, points)
     except BackendError as error:
@@ -143,41 +146,46 @@ def _inspect(name: str, points: list[EntryPoint]) -> BackendInfo:
 
 
 def _probe(backend: Backend) -> Probe:
+    # The contract forbids both faults, so they are the backend's and are reported as such.
     try:
-        return backend.probe()
-    except (
-        Exception
-    ) as error:  # the contract forbids it, so it is the backend's fault and is reported as such
-        kind = type(backend)
+        probe = backend.probe()
+    except Exception as error:
         fault = f"its probe raised {type(error).__name__}: {error}."
-        return Probe(
-            False, fault, f"report it to the author of {kind.__module__}:{kind.__qualname__}."
-        )
+    else:
+        if isinstance(probe, Probe):
+            return probe
+        fault = f"its probe returned {probe!r}, which is no Probe."
+    kind = type(backend)
+    return Probe(False, fault, f"report it to the author of {kind.__module__}:{kind.__qualname__}.")
 
 
-def _create(choice: str) -> Backend:
-    base, _, suffix = choice.partition(":")
-    index = int(suffix) if suffix.isdigit() else None
-    if suffix and index is None:
-        return _instance(_import(choice), None)
-    known = _entry_points()
-    if base not in known:
-        near = close_matches(base, known)
-        raise BackendError(f"no backend {choice!r}.{near} There are:\n{table()}")
-    return _load(base, known[base], index)
+def _parse(choice: str, known: Mapping[str, list[EntryPoint]]) -> tuple[str, int | None]:
+    """`cuda:1` -> ("cuda", 1), `package.module:Class` -> itself and None; raises for neither."""
+    base, colon, suffix = choice.partition(":")
+    if base in known:
+        if colon and not suffix.isdecimal():
+            raise BackendError(f"backend {choice!r}: name its device by a number, as in {base}:0")
+        return base, int(suffix) if colon else None
+    if suffix and not suffix.isdecimal():
+        return choice, None
+    near = close_matches(base, known)
+    raise BackendError(f"no backend {choice!r}.{near} There are:\n{table()}")
+
+
+def _claims(points: list[EntryPoint]) -> list[str]:
+    return sorted(p.dist.name if p.dist else p.value for p in points)
 
 
 def _load(name: str, points: list[EntryPoint], index: int | None = None) -> Backend:
     if len(points) > 1:
-        claims = " and ".join(sorted(p.dist.name if p.dist else p.value for p in points))
+        claims = " and ".join(_claims(points))
         raise BackendError(f"{claims} both claim the backend name {name!r}; uninstall one of them.")
     return _instance(_import(points[0].value), index)
 
 
 def _import(path: str) -> type[Backend]:
-    module, _, attribute = path.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found = EntryPoint(path, path, GROUP).load()
     except Exception as error:  # a backend may raise anything at import; the others must still run
         reason = f"{type(error).__name__}: {error}"
         raise BackendError(f"backend {path!r} cannot be imported ({reason}).") from error
@@ -186,7 +194,7 @@ def _import(path: str) -> type[Backend]:
     return found
 
 
-def _instance(kind: type[Backend], index: int | None) -> Backend:
+def _instance(kind: type[Backend], index: int | None = None) -> Backend:
     try:
         return kind(index)
     except Exception as error:

@@ -76,7 +76,8 @@ def device_load(ids: Tensor, experts: int, devices: int) -> Tensor:
     """
     if experts % devices:
         raise ValueError(f"{experts} experts cannot be shared equally by {devices} devices")
-    return expert_load(ids, experts).unflatten(-1, (devices, experts // devices)).sum(-1)
+    load: Tensor = expert_load(ids, experts).unflatten(-1, (devices, experts // devices)).sum(-1)
+    return load
 
 
 def imbalance_score(ids: Tensor, experts: int, devices: int) -> Tensor:

@@ -46,7 +46,10 @@ class Model:
 
     def __call__(self, input_ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
         """Logits of whole rows: input_ids [B, S] -> [B, S, V], float32 (float64 in float64)."""
-        ids = torch.as_tensor(input_ids)
+        try:
+            ids = torch.as_tensor(input_ids)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"input_ids must be rows of ids of one length: {error}") from None
         if ids.dim() != 2:
             raise UserError(f"input_ids must have shape [B, S], not {list(ids.shape)}")
         positions = torch.arange(ids.shape[1]).expand(ids.shape)
@@ -76,6 +79,11 @@ class Model:
                     f"token id {bad} is outside the vocabulary of {self.config.vocab_size}"
                 )
         if cache is not None:
+            if cache.batch != len(ids):
+                raise UserError(
+                    f"the cache is for {cache.batch} rows, ids and positions have {len(ids)}; "
+                    f"make one with new_cache({len(ids)})"
+                )
             require_room(cache.capacity, positions)
         last = int(positions.max()) if positions.numel() else -1
         if last >= self.config.max_position_embeddings:
@@ -92,7 +100,9 @@ class Model:
         """An empty cache for `batch` rows of up to `capacity` positions (default: the whole
         context).
         """
-        positions = capacity or self.config.max_position_embeddings
+        positions = self.config.max_position_embeddings if capacity is None else capacity
+        if batch < 1 or positions < 1:
+            raise UserError(f"a cache of {batch} rows and {positions} positions: give at least 1")
         return self.backend.new_cache(self.config, batch, positions, self.dtype)
 
     def generate(self, prompt: str | Sequence[str], **options: Any) -> Any:

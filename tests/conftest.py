@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from moge_hal.config import preset
-from moge_hal.init import initial_weights
+from moge_hal.training.init import initial_weights
 
 torch.set_num_threads(1)
 

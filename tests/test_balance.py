@@ -13,8 +13,8 @@ from moge_hal.balance import CALL, Balance, as_json, draw, measure
 from moge_hal.bind import bind
 from moge_hal.config import preset
 from moge_hal.errors import UserError
-from moge_hal.init import initial_weights
 from moge_hal.runtime import Model
+from moge_hal.training.init import initial_weights
 
 # 24 experts in 4 groups of 6, 8 a token: two in every group, or any eight.
 CONFIG = replace(

@@ -104,11 +104,11 @@ def test_a_size_is_a_whole_number_of_at_least_1(name: str, value: object) -> Non
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"rope_theta": 0}, "rope_theta = 0 must be above 0"),
+        ({"rope_theta": 0}, "rope_theta = 0 must be finite and above 0"),
         ({"rope_theta": "1e4"}, "rope_theta = '1e4' must be a number"),
-        ({"rms_norm_eps": -1e-5}, "rms_norm_eps = -1e-05 must be above 0"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan must be above 0"),
-        ({"initializer_range": 0.0}, "initializer_range = 0.0 must be above 0"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps = -1e-05 must be finite and above 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan must be finite and above 0"),
+        ({"initializer_range": 0.0}, "initializer_range = 0.0 must be finite and above 0"),
         ({"initializer_range": True}, "initializer_range = True must be a number"),
         ({"router_aux_loss_coef": -1}, "router_aux_loss_coef = -1 must not be negative"),
         (

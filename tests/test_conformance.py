@@ -244,15 +244,15 @@ def test_a_backend_is_judged_as_it_would_be_bound() -> None:
     judge(subject, parse("rms_norm/f32/T7-D8/scale1/gradients"))
 
 
-def test_a_backend_without_a_name_is_refused() -> None:
-    """It would be bound as the default backend, which passes everything."""
+def test_a_backend_without_a_name_is_judged_by_its_own_operations() -> None:
+    """It is called "default" then, and the default backend passes everything."""
 
     class Nameless(Backend):
         def linear(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
             return torch.zeros(len(x), len(w))
 
-    with pytest.raises(UserError, match="Nameless needs a `name` of its own"):
-        Subject(Nameless())
+    with pytest.raises(Failure):
+        judge(Subject(Nameless()), parse(f"{LINEAR}/scale1/value"))
 
 
 def test_a_graph_backend_compiles_one_graph_for_all_token_counts() -> None:

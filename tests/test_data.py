@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moge_hal.data import Document, batch, pack, read_corpus, split
 from moge_hal.errors import UserError
-from moge_hal.tokenizer import train_bpe
+from moge_hal.training.bpe import train_bpe
+from moge_hal.training.data import Document, batch, pack, read_corpus, split
 
 NOVELS = Path(__file__).parent.parent / "moge_hal/models/novels/corpus.jsonl.xz"
 TOKENS = np.arange(10_000, dtype=np.uint16)
@@ -136,7 +136,7 @@ def test_a_batch_is_made_of_the_text_one_token_apart(
 
 def test_a_batch_is_the_same_in_another_process() -> None:
     script = (
-        "import numpy, sys; from moge_hal.data import batch\n"
+        "import numpy, sys; from moge_hal.training.data import batch\n"
         "x, y = batch(numpy.arange(10_000, dtype=numpy.uint16), 7, 123_456, 4, 3)\n"
         "print(x.tolist(), y.tolist())"
     )

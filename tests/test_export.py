@@ -23,8 +23,8 @@ from moge_hal.checkpoint import Checkpoint
 from moge_hal.config import Config, preset
 from moge_hal.errors import UserError
 from moge_hal.export import CheckError, check, folder, to_onnx
-from moge_hal.init import initial_weights
 from moge_hal.runtime import Model
+from moge_hal.training.init import initial_weights
 
 PROMPT = [1, 40, 7, 12, 99, 3]
 NEW = 12

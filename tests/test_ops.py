@@ -290,7 +290,7 @@ def test_a_router_row_of_nan_stays_in_its_row(spec: RouteSpec) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scores_that_underflow_or_saturate_still_rank(dtype: torch.dtype) -> None:
-    """exp(-111) is 0 in float32, and sigmoid(30) is 1; the logits are not equal, so nothing ties."""
+    """exp(-111) is 0 in float32 and sigmoid(30) is 1, but the logits are not equal: no ties."""
     low, high = torch.tensor([[0, 1, -120, -110]]), torch.tensor([[20, 30]])
     assert ops.route(low.to(dtype), RouteSpec(2, 2))[0].tolist() == [[1, 3]]
     assert ops.route(high.to(dtype), RouteSpec(1, 1, "sigmoid"))[0].tolist() == [[1]]

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moge_hal.errors import UserError
-from moge_hal.tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
+from moge_hal.tokenizer import SPECIAL_TOKENS, Tokenizer
+from moge_hal.training.bpe import train_bpe
 
 SAMPLE = [
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, "
@@ -118,7 +119,7 @@ def test_names_of_special_tokens_in_a_text_stay_text(text: str) -> None:
 
 def test_training_is_the_same_in_every_byte_in_another_process() -> None:
     script = (
-        "import sys, json; from moge_hal.tokenizer import train_bpe\n"
+        "import sys, json; from moge_hal.training.bpe import train_bpe\n"
         "print(train_bpe(json.loads(sys.argv[1]), 400).digest)"
     )
     run = subprocess.run(

@@ -26,7 +26,8 @@ class AscendBackend(Backend):
             )
         try:
             importlib.import_module("torch_npu")  # registers the device type `npu` with torch
-            count = torch.npu.device_count() if torch.npu.is_available() else 0
+            npu = torch.get_device_module("npu")
+            count = npu.device_count() if npu.is_available() else 0
         except (ImportError, OSError, RuntimeError) as error:
             first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
             return Probe(
@@ -41,10 +42,10 @@ class AscendBackend(Backend):
                 f"there is no npu:{index}, torch-npu finds {count} NPU(s).",
                 "check `npu-smi info` and ASCEND_RT_VISIBLE_DEVICES.",
             )
-        return Probe(True, device=f"npu:{index}, {torch.npu.get_device_name(index)}")
+        return Probe(True, device=f"npu:{index}, {npu.get_device_name(index)}")
 
     def device(self) -> torch.device:
         return torch.device("npu", self.index or 0)
 
     def synchronize(self) -> None:
-        torch.npu.synchronize(self.device())
+        torch.get_device_module("npu").synchronize(self.device())

@@ -27,6 +27,9 @@ class CpuBackend(Backend):
     name = "cpu"
 
     def probe(self) -> Probe:
+        found = super().probe()
+        if not found.ok:
+            return found
         level = torch.backends.cpu.get_cpu_capability()
         return Probe(True, device=f"CPU, {torch.get_num_threads()} threads, {level}")
 
@@ -69,6 +72,8 @@ class CpuBackend(Backend):
             for part, gate_up_e, down_e in zip(parts, gate_up, down, strict=False)
             if len(part)
         ]
+        if rows[count]:  # what other ranks' ids weigh is none of this rank's business, be it NaN
+            weights = weights.masked_fill((local == count).view_as(ids), 0)
         done.append(x.new_zeros(rows[count], x.shape[1], dtype=done[0].dtype if done else x.dtype))
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
@@ -97,6 +102,8 @@ def _why_not_packed(dtype: torch.dtype) -> str | None:
         return "this build of torch has no oneDNN"
     if dtype not in PACKABLE:
         return f"oneDNN packs float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "oneDNN has no bfloat16 for this processor (it needs AVX-512 or its like)"
     return None
 
 
@@ -108,6 +115,7 @@ def _packed(weight: Tensor) -> Tensor:
 def _linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     if not w.is_mkldnn:
         return F.linear(x, w, b)
+    b = None if b is None else b.contiguous()  # it reads the storage, whatever the strides
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
     return y
 

@@ -1,12 +1,15 @@
 """The judge of backends. `run(["cpu", "onnx"])` says what each of them computes, and how exactly.
 
-cases.py       the list of cases; an id is a case      inputs.py     id -> inputs, the same
-everywhere oracle.py      what is right, in float64               limits.py     how wrong a right
-answer may be judge.py       outputs against the oracle              routing.py    routes, by margin
-subject.py     runs a backend as a model would         judging.py    one case, one backend, one
-verdict properties.py  caching.py  gradients.py                what every operation must keep
-whole_model.py forced.py  weights.py                   what a whole model must keep runner.py
-plugin.py  suite.py  result.py          pytest, the table, the exit code
+cases.py                                   the list of cases; an id is a case
+inputs.py                                  id -> inputs, the same everywhere
+oracle.py                                  what is right, in float64
+limits.py                                  how wrong a right answer may be
+judge.py, routing.py                       outputs against the oracle; routes, by margin
+subject.py                                 runs a backend as a model would
+properties.py, caching.py, gradients.py    what every operation must keep
+whole_model.py, forced.py, weights.py      what a whole model must keep
+judging.py                                 one case, one backend, one verdict
+runner.py, plugin.py, suite.py, result.py  pytest, the table, the exit code
 """
 
 from moge_hal.conformance.result import Outcome, Result

@@ -8,7 +8,6 @@ compile is remembered, since every case of its sizes would fail in the same way.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from moge_hal.conformance.cases import Case
 from moge_hal.conformance.inputs import ACTIVATIONS, PER_TOKEN, Args
 from moge_hal.conformance.oracle import Outputs
 from moge_hal.conformance.verdict import Failure, Skip
-from moge_hal.errors import UserError
 from moge_hal.runtime import Model
 
 # The weights that a model packs, by operation and argument; the role is that of the module that
@@ -71,10 +69,6 @@ class Subject:
     """A backend under judgement. label: the name that it was asked for by."""
 
     def __init__(self, backend: Backend, label: str | None = None) -> None:
-        kind = type(backend)
-        if backend.name == Backend.name and kind is not Backend:
-            # Binding would take its operations for the default ones, and these would be judged.
-            raise UserError(f"{kind.__module__}:{kind.__qualname__} needs a `name` of its own")
         self.backend = backend
         self.label = label or backend.name
         self._bound: dict[Any, Bound] = {}
@@ -86,9 +80,9 @@ class Subject:
         sizes = {letter: n for letter, n in case.sizes.items() if letter not in _NOT_STATIC}
         key = (case.dtype, training, case.spec, *sorted(sizes.items()))
         if key not in self._bound:
-            known: Any = SimpleNamespace(sizes={**PRESETS["tiny"].sizes, **sizes}, route=case.spec)
+            sizes = {**PRESETS["tiny"].sizes, **sizes}
             mode: Mode = "train" if training else "infer"
-            backend, choices = bind_operations(self.backend, known, case.dtype, mode, {}, False)
+            backend, choices = bind_operations(self.backend, sizes, case.spec, case.dtype, mode)
             self._bound[key] = Bound(backend, {choice.op: choice for choice in choices})
         return self._bound[key]
 
@@ -113,7 +107,7 @@ class Subject:
         lies on another device, and `Skip` for an operation that a graph backend refuses.
         """
         bound, device = self.bound(case), self.backend.device()
-        own = {op for op, choice in bound.choices.items() if choice.implementation != "default"}
+        own = {op for op, choice in bound.choices.items() if choice.own}
         overridden = getattr(type(self.backend), case.op) is not getattr(Backend, case.op)
         if self.backend.graph and overridden and case.op not in own:
             raise Skip(f"{case.op}: {bound.choices[case.op].reason}")

@@ -11,7 +11,7 @@ from moge_hal.config import Config, preset
 from moge_hal.conformance.cases import Case
 from moge_hal.conformance.inputs import fan, normal, uniform
 from moge_hal.conformance.verdict import Skip
-from moge_hal.load import SHIPPED, load
+from moge_hal.loading import SHIPPED, load
 from moge_hal.model import skeleton
 
 

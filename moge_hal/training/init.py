@@ -10,10 +10,11 @@ from moge_hal.model import skeleton
 
 
 def initial_weights(config: Config, seed: int) -> dict[str, Tensor]:
-    """Float32 weights by canonical name: normal with std `initializer_range`, projections back into
-    the residual stream
-    divided by sqrt(2 L) (GPT-2's rule), norms and router scales 1, biases 0. The same for a seed on
-    every platform's CPU."""
+    """Float32 weights by canonical name, the same for a seed on one kind of processor.
+
+    Normal with std `initializer_range`; projections back into the residual stream divided by
+    sqrt(2 L) (GPT-2's rule); norms and router scales 1, biases 0.
+    """
     generator = torch.Generator().manual_seed(seed)
     residual = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
     weights = {}

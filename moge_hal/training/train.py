@@ -27,16 +27,17 @@ from moge_hal.backend import Backend
 from moge_hal.bind import bind
 from moge_hal.checkpoint import save
 from moge_hal.config import Config
-from moge_hal.data import Document, Packed, batch, pack, read_corpus, split
 from moge_hal.errors import UserError
 from moge_hal.files import write_file
-from moge_hal.init import initial_weights
 from moge_hal.model import Transformer
 from moge_hal.registry import settings
 from moge_hal.router import auxiliary_loss, expert_load
-from moge_hal.tokenizer import train_bpe
-from moge_hal.train_log import draw_log, read_log, write_log
-from moge_hal.train_state import load_state, save_state
+from moge_hal.training.bpe import train_bpe
+from moge_hal.training.data import Document, Packed, batch, pack, read_corpus, split
+from moge_hal.training.init import initial_weights
+from moge_hal.training.log import draw_log, read_log, write_log
+from moge_hal.training.ngram import ngram_bits_per_byte
+from moge_hal.training.state import load_state, save_state
 
 STATE, LOG, CURVE = "state.safetensors", "log.jsonl", "curve.png"
 SUMMARY, MODEL = "training.json", "model"
@@ -202,6 +203,7 @@ def train(
         "trained_tokens": recipe.steps * recipe.rows * recipe.length,
         "tokens_per_second": round(trained / seconds) if trained else None,  # validations included
         "validation": asdict(validation),
+        "five_gram_bits_per_byte": ngram_bits_per_byte(_text(documents), _text(held_out)),
         "torch": torch.__version__,
     }
     if records:
@@ -304,6 +306,10 @@ def _check_folder(out: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _text(documents: list[Document]) -> str:
+    return "\n".join(document.text for document in documents)
 
 
 def _digest(documents: list[Document]) -> str:

@@ -14,8 +14,9 @@ from torch import Tensor
 from moge_hal import Backend, Config, Model, UserError, load, preset, save
 from moge_hal.bind import bind
 from moge_hal.checkpoint import Checkpoint
-from moge_hal.init import initial_weights
-from moge_hal.tokenizer import Tokenizer, train_bpe
+from moge_hal.tokenizer import Tokenizer
+from moge_hal.training.bpe import train_bpe
+from moge_hal.training.init import initial_weights
 
 TINY = preset("tiny")
 PLAIN = "moge_hal.backend:Backend"
@@ -193,7 +194,7 @@ def test_no_model(saved: Path, tmp_path: Path) -> None:
 
 
 def test_shipped_model_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("moge_hal.load")
+    module = importlib.import_module("moge_hal.loading")
     monkeypatch.setattr(module, "SHIPPED", tmp_path / "gone")
     with pytest.raises(UserError, match=r"shipped model is not in .*gone"):
         load()
