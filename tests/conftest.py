@@ -1,5 +1,8 @@
 """What the tests share. One thread: sums are made in one order, and tests can run side by side."""
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +11,19 @@ from moge_hal.config import preset
 from moge_hal.training.init import initial_weights
 
 torch.set_num_threads(1)
+
+# A plain install has no hypothesis: what needs it is left out then, and the header says so.
+_files = Path(__file__).parent.glob("test_*.py")
+_property_based = [f.name for f in _files if "\nfrom hypothesis" in f.read_text("utf-8")]
+collect_ignore = [] if find_spec("hypothesis") else sorted(_property_based)
+
+
+def pytest_report_header() -> list[str]:
+    if not collect_ignore:
+        return []
+    return [
+        f"left out, for want of hypothesis (pip install '.[test]'): {', '.join(collect_ignore)}"
+    ]
 
 
 @pytest.fixture(scope="session")
