@@ -174,7 +174,9 @@ def train(
     rows: Annotated[int, typer.Option(help="Rows a step.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-3,
-    warmup: Annotated[int, typer.Option(help="Steps until the peak.")] = 100,
+    warmup: Annotated[
+        int | None, typer.Option(help="Steps until the peak; left out, 100 or a tenth of all.")
+    ] = None,
     aux: Annotated[
         float | None, typer.Option(help="Weight of the load-balancing loss; None = the preset's.")
     ] = None,
@@ -200,7 +202,14 @@ def train(
         raise UserError(f"threads = {threads} must be at least 1")
     torch.set_num_threads(threads)
     config = named(preset) if aux is None else named(preset, router_aux_loss_coef=aux)
-    recipe = Recipe(steps=steps, rows=rows, length=length, peak=rate, warmup=warmup, seed=seed)
+    recipe = Recipe(
+        steps=steps,
+        rows=rows,
+        length=length,
+        peak=rate,
+        warmup=min(100, steps // 10) if warmup is None else warmup,
+        seed=seed,
+    )
     with _progress() as progress:
         bar = progress.add_task("reading the corpus", total=steps)
 

@@ -22,7 +22,7 @@ class AscendBackend(Backend):
             return Probe(
                 False,
                 "the package torch-npu is not installed.",
-                'on a machine with CANN, `pip install "moge-hal[ascend]"`.',
+                "on a machine with CANN, `pip install torch-npu`, in torch's own version.",
             )
         try:
             importlib.import_module("torch_npu")  # registers the device type `npu` with torch
