@@ -1,11 +1,8 @@
-"""Who runs what: ties a configuration and its weights to a backend, operation by operation, and
-remembers why.
-"""
+"""Who runs what: ties a model to a backend, operation by operation, and remembers why."""
 
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -53,7 +50,7 @@ def bind(
     if mode == "train" and backend.graph:
         raise UserError(f"backend {backend.name!r} runs exported graphs and cannot train; use cpu")
     bound, choices = bind_operations(
-        backend, config.sizes, config.route, dtype, mode, overrides or {}, strict
+        backend, config.sizes, config.route, dtype, mode, overrides, strict
     )
     transformer = Transformer(config, bound, dtype)
     _fill(transformer, weights, bound, mode, dtype, {c.op for c in choices if c.own})
@@ -79,39 +76,31 @@ def bind_operations(
     route: RouteSpec | None,
     dtype: torch.dtype,
     mode: Mode,
-    overrides: Mapping[str, str] = MappingProxyType({}),
+    overrides: Mapping[str, str] | None = None,
     strict: bool = False,
 ) -> tuple[Backend, list[Choice]]:
-    """A copy of the backend in which every operation that it cannot serve is the default, and the
-    list of who serves what.
-    """
+    """A copy of the backend, with defaults for what it cannot serve, and who serves what."""
+    overrides = overrides or {}
     for op, implementation in overrides.items():
         if op not in ops.NAMES or implementation != "default":
             near = close_matches(op, ops.NAMES)
             raise UserError(f"override {op}={implementation}: must be an operation=default.{near}")
-    choices, fallbacks = [], {}
+    choices = []
     for op in ops.NAMES:
         if op in vars(backend):
             raise UserError(
                 f"backend {backend.name!r} sets {op} on the instance; make it a method of its class"
             )
-        choice = _choose(backend, Facts(op, dtype, mode == "train", sizes, route), overrides)
-        choices.append(choice)
-        overridden = getattr(type(backend), op) is not getattr(Backend, op)
-        if overridden and not choice.own:
-            fallbacks[op] = getattr(Backend, op)
-            if strict and op not in overrides:
-                raise UserError(
-                    f"MOGE_HAL_STRICT: {backend.name} cannot serve {op} ({choice.reason}); "
-                    f"allow the default with MOGE_HAL_OPS={op}=default, or unset MOGE_HAL_STRICT"
-                )
+        facts = Facts(op, dtype, mode == "train", sizes, route)
+        choices.append(_choose(backend, facts, overrides, strict))
     bound = copy.copy(backend)
-    # A subclass, so that composites, which call self, meet the fallback too.
-    bound.__class__ = type(type(backend).__name__, (type(backend),), fallbacks)
+    # A subclass, so that composites, which call self, meet the default too.
+    defaults = {c.op: getattr(Backend, c.op) for c in choices if not c.own}
+    bound.__class__ = type(type(backend).__name__, (type(backend),), defaults)
     return bound, choices
 
 
-def _choose(backend: Backend, facts: Facts, overrides: Mapping[str, str]) -> Choice:
+def _choose(backend: Backend, facts: Facts, overrides: Mapping[str, str], strict: bool) -> Choice:
     if facts.op in overrides:
         return Choice(facts.op, "default", "asked for by MOGE_HAL_OPS")
     if getattr(type(backend), facts.op) is getattr(Backend, facts.op):
@@ -121,9 +110,14 @@ def _choose(backend: Backend, facts: Facts, overrides: Mapping[str, str]) -> Cho
     except Exception as error:  # the contract forbids it, so the backend's author is to blame
         fault = f"raised {type(error).__name__} in why_not({facts.op}): {error}"
         raise UserError(f"backend {backend.name!r} {fault}") from error
-    if reason is not None:
-        return Choice(facts.op, "default", reason)
-    return Choice(facts.op, backend.name, "the backend's own", own=True)
+    if reason is None:
+        return Choice(facts.op, backend.name, "the backend's own", own=True)
+    if strict:
+        raise UserError(
+            f"MOGE_HAL_STRICT: {backend.name} cannot serve {facts.op} ({reason}); allow the "
+            f"default with MOGE_HAL_OPS={facts.op}=default, or unset MOGE_HAL_STRICT"
+        )
+    return Choice(facts.op, "default", reason)
 
 
 def _fill(
@@ -134,9 +128,7 @@ def _fill(
     dtype: torch.dtype,
     own: set[str],
 ) -> None:
-    """Replaces the skeleton's parameters, one at a time so that no more than one weight exists
-    twice.
-    """
+    """Replaces the skeleton's parameters one at a time: no more than one weight exists twice."""
     device = backend.device()
     for path, module in transformer.named_modules():
         if not isinstance(module, Weights):

@@ -9,10 +9,10 @@ Pangu Pro MoE (arXiv 2505.21411); shards and their index are named as Hugging Fa
 import copy
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cache, reduce
 from itertools import islice
 from pathlib import Path
 
@@ -92,11 +92,8 @@ class Checkpoint(Mapping[str, Tensor]):
         stored = [self._places[part].dtype for part in released.names]
         # Also one tensor alone is copied: torch aligns its memory, which the library need not, and
         # the last bits of a matrix product can depend on that.
-        whole = torch.empty(
-            len(released.names),
-            *released.part,
-            dtype=self._dtype or reduce(torch.promote_types, stored),
-        )
+        dtype = self._dtype or reduce(torch.promote_types, stored)
+        whole = torch.empty(len(released.names), *released.part, dtype=dtype)
         for row, part in zip(whole, self._read(released.names), strict=True):
             row.view(part.shape).copy_(part)
         return whole.view(released.shape)
@@ -109,15 +106,12 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def _read(self, names: list[str]) -> Iterator[Tensor]:
         with ExitStack() as stack:
-            files = {}
+            # Not mapped: what was read of a map counts as memory while it is open.
+            opened = cache(lambda file: stack.enter_context(safe_open(file, "pt", backend="pread")))
             for name in names:
                 place = self._places[name]
                 with reading(place.file):
-                    if place.file not in files:
-                        # Not mapped: what was read of a map counts as memory while it is open.
-                        opened = safe_open(place.file, "pt", backend="pread")
-                        files[place.file] = stack.enter_context(opened)
-                    tensor: Tensor = files[place.file].get_tensor(name)
+                    tensor: Tensor = opened(place.file).get_tensor(name)
                 self._on_read(place.length)
                 yield tensor
 
@@ -179,25 +173,22 @@ def _write_weights(
         for released in layout.values()
         for name in released.names
     }
-    shards = _fill_shards(sizes, limit)
     total = sum(sizes.values())
-    files = [WEIGHTS]
+    shards = _plan(sizes, limit)
     if len(shards) > 1:
-        files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-        placed = zip(files, shards, strict=True)
-        weight_map = {name: file for file, shard in placed for name in shard}
+        weight_map = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / INDEX).write_text(text, encoding="utf-8")
     with progress("saving", total) as advance:
         tensors = _released_tensors(weights, layout, dtype)
-        for file, shard in zip(files, shards, strict=True):
-            _write_shard(folder / file, islice(tensors, len(shard)))
-            advance(sum(sizes[name] for name in shard))
+        for file, names in shards.items():
+            _write_shard(folder / file, dict(islice(tensors, len(names))))
+            advance(sum(sizes[name] for name in names))
 
 
-def _fill_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in their order, cut where the next tensor would make a shard exceed `limit` bytes."""
+def _plan(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
+    """The names in each file: in order, cut where the next tensor would exceed `limit` bytes."""
     shards: list[list[str]] = []
     room = -1
     for name, size in sizes.items():
@@ -206,7 +197,9 @@ def _fill_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
             room = max(limit, size)
         shards[-1].append(name)
         room -= size
-    return shards
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": s for i, s in enumerate(shards, 1)}
 
 
 def _released_tensors(
@@ -220,9 +213,9 @@ def _released_tensors(
         del rows, row  # before the next one is read
 
 
-def _write_shard(file: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def _write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
     try:
-        save_file(dict(tensors), file, metadata={"format": "pt"})
+        save_file(tensors, file, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(str(error)) from error
     # safetensors gives the file to its owner alone; it should be as open as the folder around it.
@@ -232,15 +225,13 @@ def _write_shard(file: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
 def _compare(source: Path, layout: Mapping[str, Released], places: Mapping[str, Place]) -> None:
     """Raises `UserError` for the first tensor that is not what the configuration says."""
     wanted = {name: released for released in layout.values() for name in released.names}
-    missing = [name for name in wanted if name not in places]
-    if missing:
+    if missing := [name for name in wanted if name not in places]:
         shape = list(wanted[missing[0]].part)
         raise UserError(
             f"{source} lacks tensor {missing[0]!r} of shape {shape}{_more(missing)}: "
             f"complete the weights, or mend config.json"
         )
-    unexpected = [name for name in places if name not in wanted]
-    if unexpected:
+    if unexpected := [name for name in places if name not in wanted]:
         place = places[unexpected[0]]
         raise UserError(
             f"{place.file} holds an unexpected tensor {unexpected[0]!r} of shape "

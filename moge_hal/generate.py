@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from itertools import chain
 from operator import index
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from moge_hal.errors import UserError
+from moge_hal.errors import UserError, refuse, require_whole
 from moge_hal.runtime import Model
 from moge_hal.sampling import Sampling
 
@@ -39,13 +40,10 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """The text that one new token made certain: often a word, sometimes nothing yet."""
+class Piece(Token):
+    """A token with the text that it made certain: often a word, sometimes nothing yet."""
 
-    row: int
     text: str
-    id: int
-    finish: Finish | None
 
 
 @dataclass(frozen=True)
@@ -64,42 +62,26 @@ class Completion:
 
 
 def generate(
-    model: Model,
-    prompt: str | Sequence[str],
-    *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    stop: str | Sequence[str] = (),
-    chunk: int = 512,
+    model: Model, prompt: str | Sequence[str], **options: Any
 ) -> Completion | list[Completion]:
     """The text that follows a prompt; a list of prompts runs as one batch and gives a list.
 
-    max_new_tokens: of each row; less where the context ends before. temperature, top_k, top_p,
-    seed: see `Sampling`. stop: strings at which a text ends; they are not part of it.
-    chunk: how many tokens of a prompt are read at once.
-    Raises UserError before anything runs if an argument or a prompt cannot be served.
+    options: those of `stream`. Raises UserError before anything runs if one of them, or a prompt,
+    cannot be served.
     """
-    sampling = Sampling(temperature, top_k, top_p, seed)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    prompt_ids = _encode(model, prompts)
     pieces: list[list[Piece]] = [[] for _ in prompts]
-    finish: dict[int, Finish] = {}
-    for piece in _pieces(model, prompt_ids, max_new_tokens, sampling, stop, chunk):
+    for piece in stream(model, prompts, **options):
         pieces[piece.row].append(piece)
-        if piece.finish is not None:
-            finish[piece.row] = piece.finish
     completions = [
         Completion(
             prompt=text,
-            text="".join(piece.text for piece in pieces[row]),
-            ids=[piece.id for piece in pieces[row]],
-            prompt_ids=prompt_ids[row],
-            finish=finish[row],
+            text="".join(piece.text for piece in row),
+            ids=[piece.id for piece in row],
+            prompt_ids=ids,
+            finish=next(piece.finish for piece in row if piece.finish is not None),
         )
-        for row, text in enumerate(prompts)
+        for text, ids, row in zip(prompts, _encode(model, prompts), pieces, strict=True)
     ]
     return completions[0] if isinstance(prompt, str) else completions
 
@@ -116,14 +98,43 @@ def stream(
     stop: str | Sequence[str] = (),
     chunk: int = 512,
 ) -> Iterator[Piece]:
-    """`generate`, piece by piece: one piece a new token; a row's pieces joined are its text.
+    """What follows a prompt, or each of several: one piece a new token, which joined are the text.
 
+    max_new_tokens: of each row; less where the context ends before. temperature, top_k, top_p,
+    seed: see `Sampling`. stop: strings at which a text ends; they are not part of it.
+    chunk: how many tokens of a prompt are read at once.
     Characters come whole. What may be the beginning of a stop string is held back until it is
-    certain. Errors are raised by the call, not by the first piece.
+    certain. Raises UserError as `generate` does: by the call, not by the first piece.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    return _pieces(model, _encode(model, prompts), max_new_tokens, sampling, stop, chunk)
+    prompt_ids = _encode(model, [prompt] if isinstance(prompt, str) else prompt)
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    for string in stops:
+        if not (isinstance(string, str) and string):
+            refuse("stop", string, "must be a text of at least one character")
+        _require_utf8("a stop string", string)
+    tokenizer = _tokenizer(model)
+    eos_id = model.config.eos_token_id if tokenizer.eos_id is None else tokenizer.eos_id
+    writers = [_Writer(tokenizer, ids, stops) for ids in prompt_ids]
+    ended: set[int] = set()
+    steps = tokens(
+        model,
+        prompt_ids,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        eos_id=eos_id,
+        chunk=chunk,
+        ended=ended,
+    )
+
+    def run() -> Iterator[Piece]:
+        for token in chain.from_iterable(steps):
+            text, stopped = writers[token.row].write(token)
+            if stopped:
+                ended.add(token.row)
+            yield Piece(token.row, token.id, "stop" if stopped else token.finish, text)
+
+    return run()
 
 
 def tokens(
@@ -146,10 +157,49 @@ def tokens(
     ended: a set that the caller may grow meanwhile: rows (by place in `prompts`) to write no more.
     Raises UserError before anything runs if a prompt cannot be served.
     """
-    for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{name} = {value!r} must be a whole number of at least 1")
+    require_whole("max_new_tokens", max_new_tokens)
+    require_whole("chunk", chunk)
     prompts = [[index(token_id) for token_id in prompt] for prompt in prompts]
+    _check_prompts(model, prompts)
+    numbers = range(len(prompts)) if rows is None else rows
+    if len(numbers) != len(prompts) or min(numbers) < 0:
+        refuse("rows", rows, f"must be {len(prompts)} numbers of at least 0, one a prompt")
+    rule = sampling or Sampling()
+    lengths = [len(prompt) for prompt in prompts]
+    longest, context = max(lengths), model.config.max_position_embeddings
+
+    def run() -> Iterator[list[Token]]:
+        ids, positions = _columns(len(prompts), longest)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            positions[row, longest - len(prompt) :] = torch.arange(len(prompt))
+        cache = model.new_cache(len(prompts), min(longest + max_new_tokens, context))
+        for part in zip(ids.split(chunk, 1), positions.split(chunk, 1), strict=True):
+            logits, cache, *_ = model.step(*part, cache, last_only=True)
+
+        live: Sequence[int] = range(len(prompts))
+        for number in range(max_new_tokens):
+            on_host = logits[:, -1].cpu().numpy()
+            new = []
+            for row in live:
+                token_id = rule.choose(on_host[row], numbers[row], number)
+                full = number + 1 == min(max_new_tokens, context - lengths[row])
+                last: Finish | None = "length" if full else None
+                new.append(Token(row, token_id, "stop" if token_id == eos_id else last))
+            yield new
+            new = [token for token in new if token.finish is None and token.row not in ended]
+            if not new:
+                return
+            live = [token.row for token in new]
+            ids, positions = _columns(len(prompts), 1)
+            for token in new:
+                ids[token.row], positions[token.row] = token.id, lengths[token.row] + number
+            logits, cache, *_ = model.step(ids, positions, cache, last_only=True)
+
+    return run()
+
+
+def _check_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> None:
     if not prompts:
         raise UserError("there is no prompt: give at least one")
     vocab, context = model.config.vocab_size, model.config.max_position_embeddings
@@ -162,104 +212,18 @@ def tokens(
                 f"{name} has {len(prompt)} tokens, but the context of {context} "
                 f"(max_position_embeddings) must hold it and a new one: shorten the prompt"
             )
-        bad = next((token_id for token_id in prompt if not 0 <= token_id < vocab), None)
-        if bad is not None:
-            raise UserError(
-                f"{name} holds token id {bad}, outside the model's vocabulary of {vocab}: "
-                f"use the tokenizer that the model was trained with"
-            )
-    rows = range(len(prompts)) if rows is None else rows
-    if len(rows) != len(prompts) or min(rows) < 0:
-        raise UserError(
-            f"rows = {rows!r} must be {len(prompts)} numbers of at least 0, one a prompt"
-        )
-    return _loop(model, prompts, max_new_tokens, sampling or Sampling(), eos_id, chunk, rows, ended)
-
-
-def _loop(
-    model: Model,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    eos_id: int | None,
-    chunk: int,
-    rows: Sequence[int],
-    ended: AbstractSet[int],
-) -> Iterator[list[Token]]:
-    lengths = [len(prompt) for prompt in prompts]
-    longest, context = max(lengths), model.config.max_position_embeddings
-    room = [min(max_new_tokens, context - length) for length in lengths]
-    ids, positions = _columns(len(prompts), longest)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        positions[row, longest - len(prompt) :] = torch.arange(len(prompt))
-    cache = model.new_cache(len(prompts), min(longest + max_new_tokens, context))
-    for part in zip(ids.split(chunk, 1), positions.split(chunk, 1), strict=True):
-        logits, cache, *_ = model.step(*part, cache, last_only=True)
-
-    live: Sequence[int] = range(len(prompts))
-    for number in range(max_new_tokens):
-        on_host = logits[:, -1].cpu().numpy()
-        new = []
-        for row in live:
-            token_id = sampling.choose(on_host[row], rows[row], number)
-            last: Finish | None = "length" if number + 1 == room[row] else None
-            new.append(Token(row, token_id, "stop" if token_id == eos_id else last))
-        yield new
-        new = [token for token in new if token.finish is None and token.row not in ended]
-        if not new:
-            return
-        live = [token.row for token in new]
-        ids, positions = _columns(len(prompts), 1)
-        for token in new:
-            ids[token.row], positions[token.row] = token.id, lengths[token.row] + number
-        logits, cache, *_ = model.step(ids, positions, cache, last_only=True)
+        for token_id in prompt:
+            if not 0 <= token_id < vocab:
+                raise UserError(
+                    f"{name} holds token id {token_id}, outside the model's vocabulary of {vocab}: "
+                    f"use the tokenizer that the model was trained with"
+                )
 
 
 def _columns(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """ids and positions [batch, length] int64 of nothing but padding."""
     shape = (batch, length)
     return torch.zeros(shape, dtype=torch.int64), torch.full(shape, -1, dtype=torch.int64)
-
-
-def _pieces(
-    model: Model,
-    prompt_ids: list[list[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop: str | Sequence[str],
-    chunk: int,
-) -> Iterator[Piece]:
-    """Checks the rest of the arguments now; the iterator that comes back runs the model."""
-    stops = [stop] if isinstance(stop, str) else list(stop)
-    for string in stops:
-        if not (isinstance(string, str) and string):
-            raise UserError(f"stop = {string!r} must be a text of at least one character")
-        _require_utf8("a stop string", string)
-    tokenizer = _tokenizer(model)
-    eos_id = model.config.eos_token_id if tokenizer.eos_id is None else tokenizer.eos_id
-    ended: set[int] = set()
-    steps = tokens(
-        model,
-        prompt_ids,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        eos_id=eos_id,
-        chunk=chunk,
-        ended=ended,
-    )
-    writers = [_Writer(tokenizer, ids, stops) for ids in prompt_ids]
-
-    def run() -> Iterator[Piece]:
-        for step in steps:
-            for token in step:
-                text, stopped = writers[token.row].write(token)
-                if stopped:
-                    ended.add(token.row)
-                finish = "stop" if stopped else token.finish
-                yield Piece(token.row, text, token.id, finish)
-
-    return run()
 
 
 class _Writer:

@@ -17,11 +17,7 @@ from moge_hal.backend import Backend, Probe
 from moge_hal.errors import UserError, close_matches
 
 GROUP = "moge_hal.backends"
-AUTOMATIC = (
-    "ascend",
-    "cuda",
-    "cpu",
-)  # what `auto` tries, in this order; a graph backend is never automatic
+AUTOMATIC = ("ascend", "cuda", "cpu")  # what `auto` tries, in order; never a graph backend
 
 
 class BackendError(UserError):
@@ -32,9 +28,7 @@ class BackendError(UserError):
 class Settings:
     """What the environment says."""
 
-    backend: (
-        str  # MOGE_HAL_BACKEND: auto, a name, name:index, a,b (ordered), or package.module:Class
-    )
+    backend: str  # MOGE_HAL_BACKEND: auto, name, name:index, a,b (ordered) or package.module:Class
     overrides: Mapping[str, str]  # MOGE_HAL_OPS: operation=default, separated by commas
     strict: bool  # MOGE_HAL_STRICT=1: an operation that falls back to its default is an error
     cache: Path  # MOGE_HAL_CACHE: where exports of plain checkpoints are kept
@@ -55,9 +49,7 @@ def settings() -> Settings:
 
 
 def parse_overrides(text: str) -> dict[str, str]:
-    """`experts=default,linear=default` -> a dict; raises `UserError` for an unknown operation or
-    choice.
-    """
+    """`experts=default,linear=default` -> a dict; raises `UserError` for what is unknown."""
     chosen = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         op, _, choice = part.partition("=")
@@ -97,8 +89,7 @@ def table(rows: list[BackendInfo] | None = None) -> str:
 
 
 def get_backend(name: str | None = None) -> Backend:
-    """The backend of that name, ready to run; None = what MOGE_HAL_BACKEND says, `auto` if it says
-    nothing.
+    """The backend of that name, ready to run; None = what MOGE_HAL_BACKEND says, else `auto`.
 
     `auto` = ascend, cuda, cpu, the first that can run. `cuda:1` = that one or an error.
     `ascend,cuda` = the first of these that can run. `package.module:Class` = a class that is not
@@ -127,9 +118,7 @@ def get_backend(name: str | None = None) -> Backend:
 
 
 def _entry_points() -> dict[str, list[EntryPoint]]:
-    """Entry points by backend name; more than one distribution may claim a name, which is an error
-    when it is used.
-    """
+    """Entry points by backend name; more than one for a name is an error when it is used."""
     found = defaultdict(list)
     for point in entry_points(group=GROUP):  # of the first distribution of a name on sys.path
         found[point.name].append(point)

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 
 class Model:
-    """A configuration, a backend and a step. `model(input_ids)` gives logits,
-    `model.generate(text)` writes.
-    """
+    """A configuration, a backend and a step: `model(input_ids)`, `model.generate(text)`."""
 
     def __init__(
         self,
@@ -38,9 +36,8 @@ class Model:
         self.backend = backend
         self.dtype = dtype
         self.choices = choices
-        self.weights = (
-            weights  # by canonical name, as they were before packing; may read from disk on access
-        )
+        # By canonical name, as they were before packing; may read from disk on access.
+        self.weights = weights
         self.tokenizer = tokenizer
         self.run_step = step
 
@@ -56,8 +53,7 @@ class Model:
         return self.step(ids, positions, None).logits
 
     def step(self, ids: Tensor, positions: Tensor, cache: Any, last_only: bool = False) -> StepOut:
-        """One step: ids and positions [B, S] (-1 = padding), a cache from `new_cache` or None ->
-        `StepOut`.
+        """One step: ids and positions [B, S] (-1 = padding), a cache from `new_cache` or None.
 
         The cache is donated: use the one that comes back. Raises `UserError` for an id outside the
         vocabulary or a position beyond the context, and `CacheFullError` before anything is
@@ -72,12 +68,10 @@ class Model:
         if ids.is_floating_point() or positions.is_floating_point():
             raise UserError("ids and positions must be whole numbers")
         if ids.numel():
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= self.config.vocab_size:
-                bad = low if low < 0 else high
-                raise UserError(
-                    f"token id {bad} is outside the vocabulary of {self.config.vocab_size}"
-                )
+            vocab = self.config.vocab_size
+            for token_id in (int(ids.min()), int(ids.max())):
+                if not 0 <= token_id < vocab:
+                    raise UserError(f"token id {token_id} is outside the vocabulary of {vocab}")
         if cache is not None:
             if cache.batch != len(ids):
                 raise UserError(
@@ -97,24 +91,20 @@ class Model:
             return self.run_step(ids, positions, cache, last_only)
 
     def new_cache(self, batch: int, capacity: int | None = None) -> Any:
-        """An empty cache for `batch` rows of up to `capacity` positions (default: the whole
-        context).
-        """
+        """An empty cache for `batch` rows of `capacity` positions (None = the whole context)."""
         positions = self.config.max_position_embeddings if capacity is None else capacity
         if batch < 1 or positions < 1:
             raise UserError(f"a cache of {batch} rows and {positions} positions: give at least 1")
         return self.backend.new_cache(self.config, batch, positions, self.dtype)
 
     def generate(self, prompt: str | Sequence[str], **options: Any) -> Any:
-        """Text that follows the prompt; a list of prompts gives a list. Options: see
-        `moge_hal.generate.generate`.
-        """
+        """The text that follows: `moge_hal.generate.generate`, which see for the options."""
         from moge_hal.generate import generate
 
         return generate(self, prompt, **options)
 
     def stream(self, prompt: str | Sequence[str], **options: Any) -> Iterator[Piece]:
-        """The same, piece by piece as it is written."""
+        """The same, piece by piece as it is written: `moge_hal.generate.stream`."""
         from moge_hal.generate import stream
 
         return stream(self, prompt, **options)

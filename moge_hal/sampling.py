@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moge_hal.errors import UserError
+from moge_hal.errors import UserError, is_number, refuse, require_whole
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.temperature) and 0 <= self.temperature < float("inf")):
-            _refuse("temperature", self.temperature, "must be a number of at least 0 (0 = greedy)")
-        if self.top_k is not None and not (_is_whole(self.top_k) and self.top_k >= 1):
-            _refuse("top_k", self.top_k, "must be a whole number of at least 1")
-        if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
-            _refuse("top_p", self.top_p, "must be a number above 0 and at most 1")
-        if not (_is_whole(self.seed) and 0 <= self.seed < 2**64):
-            _refuse("seed", self.seed, "must be a whole number from 0 to 2**64 - 1")
+        if not (is_number(self.temperature) and 0 <= self.temperature < float("inf")):
+            refuse("temperature", self.temperature, "must be a number of at least 0 (0 = greedy)")
+        if self.top_k is not None:
+            require_whole("top_k", self.top_k)
+        if self.top_p is not None and not (is_number(self.top_p) and 0 < self.top_p <= 1):
+            refuse("top_p", self.top_p, "must be a number above 0 and at most 1")
+        if not (type(self.seed) is int and 0 <= self.seed < 2**64):
+            refuse("seed", self.seed, "must be a whole number from 0 to 2**64 - 1")
 
     def choose(self, logits: NDArray[Any], row: int, number: int) -> int:
         """The id of a row's new token; logits [V] float32 or float64, number = 0 for its first one.
@@ -82,15 +82,3 @@ def uniform(seed: int, row: int, number: int) -> float:
     key, counter = np.array([seed, row], np.uint64), np.array([number, 0, 0, 0], np.uint64)
     bits = np.random.Philox(key=key, counter=counter).random_raw()
     return (int(bits) >> 11) * 2.0**-53
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _refuse(field: str, value: object, rule: str) -> None:
-    raise UserError(f"{field} = {value!r} {rule}")

@@ -28,9 +28,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Place:
-    """The values of one tensor: `length` bytes of `file` from `offset` on, row-major,
-    little-endian.
-    """
+    """One tensor's values: `length` bytes of `file` from `offset`, row-major, little-endian."""
 
     file: Path
     offset: int

@@ -32,12 +32,10 @@ class Engine(Protocol):
     """What differs between the two libraries."""
 
     file_name: str
+    ids: dict[str, int]  # of every token, special ones included, by its name
     pieces: list[bytes]  # of every id; a special token's are empty
-    leading_space: bool  # encoding puts a space before the text, so decoding drops one
 
     def encode(self, text: str) -> list[int]: ...
-    def token_id(self, token: str) -> int | None: ...
-    def token(self, token_id: int) -> str: ...
     def serialize(self) -> bytes: ...
 
 
@@ -56,29 +54,17 @@ class JsonEngine:
         kinds = {part["type"] for part in decoder.get("decoders", [decoder])}
         if not kinds & {"ByteLevel", "Metaspace", "ByteFallback"}:
             raise ValueError(f"its decoder ({', '.join(sorted(kinds))}) is of an unknown kind")
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        alphabet = byte_alphabet()
-        self.pieces = [b""] * (max(vocabulary.values()) + 1)
-        for token, at in vocabulary.items():
-            if "ByteLevel" in kinds:
-                self.pieces[at] = bytes(alphabet[c] for c in token if c in alphabet)
-            else:
-                self.pieces[at] = sentencepiece_bytes(token)
+        bytes_of = byte_level_bytes if "ByteLevel" in kinds else sentencepiece_bytes
+        self.ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.pieces = [b""] * (max(self.ids.values()) + 1)
+        for token, at in self.ids.items():
+            self.pieces[at] = bytes_of(token)
         for at, added in self._tokenizer.get_added_tokens_decoder().items():
             self.pieces[at] = b"" if added.special else added.content.encode()
-        first = self._tokenizer.encode("a", add_special_tokens=False).tokens[:1]
-        self.leading_space = first != [] and first[0].startswith((SPACE, "Ġ"))
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
-
-    def token_id(self, token: str) -> int | None:
-        found: int | None = self._tokenizer.token_to_id(token)
-        return found
-
-    def token(self, token_id: int) -> str:
-        return str(self._tokenizer.id_to_token(token_id))
 
     def serialize(self) -> bytes:
         return str(self._tokenizer.to_str(pretty=True)).encode() + b"\n"
@@ -94,57 +80,53 @@ class SentencePieceEngine:
             raise ValueError("it is empty")  # which the library takes for a wish to load nothing
         self._data = data
         self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
-        ids = range(self._model.get_piece_size())
-        tokens = [self._model.id_to_piece(at) for at in ids]
-        self._special = {
-            at for at in ids if self._model.is_control(at) or _is_special(tokens[at], special)
-        }
-        self.pieces = [
-            b"" if at in self._special else sentencepiece_bytes(tokens[at]) for at in ids
-        ]
-        unknown = self._model.unk_id()
-        self._special.discard(unknown)  # any text may come to it
-        self.pieces[unknown] = self._model.decode([unknown]).encode()
-        first = self._model.encode("a", out_type=str)[:1]
-        self.leading_space = first != [] and first[0].startswith(SPACE)
+        self._unknown = self._model.unk_id()
+        tokens = [self._model.id_to_piece(at) for at in range(self._model.get_piece_size())]
+        self.ids = {token: at for at, token in enumerate(tokens)}
+        self.pieces = [sentencepiece_bytes(token) for token in tokens]
+        self.pieces[self._unknown] = self._model.decode([self._unknown]).encode()
+        self._special = {}
+        for at, token in enumerate(tokens):
+            # Any text may come to the unknown token, so it stays one of the others.
+            if at != self._unknown and (self._model.is_control(at) or _is_special(token, special)):
+                self._special[at] = token
+                self.pieces[at] = b""
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for at in self._model.encode(text):
             # The library parses some kinds of special pieces out of the text: spell those.
-            ids += self._spell(self._model.id_to_piece(at)) if at in self._special else [at]
+            ids += self._spell(self._special[at]) if at in self._special else [at]
         return ids
 
     def _spell(self, name: str) -> list[int]:
         ids: list[int] = []
         for character in name:
-            at = self.token_id(character)
-            if at is not None:
-                ids.append(at)
-                continue
-            in_bytes = [self.token_id(f"<0x{byte:02X}>") for byte in character.encode()]
-            known = [found for found in in_bytes if found is not None]
-            ids += known if len(known) == len(in_bytes) else [self._model.unk_id()]
+            parts = [character]
+            if character not in self.ids:
+                parts = [f"<0x{byte:02X}>" for byte in character.encode()]
+            known = all(part in self.ids for part in parts)
+            ids += [self.ids[part] for part in parts] if known else [self._unknown]
         return ids
-
-    def token_id(self, token: str) -> int | None:
-        at: int = self._model.piece_to_id(token)
-        return at if self._model.id_to_piece(at) == token else None
-
-    def token(self, token_id: int) -> str:
-        return str(self._model.id_to_piece(token_id))
 
     def serialize(self) -> bytes:
         return self._data
 
 
-def byte_alphabet() -> dict[str, int]:
+def _byte_alphabet() -> dict[str, int]:
     """The printable characters of a byte-level vocabulary (GPT-2's `bytes_to_unicode`) to bytes."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + n): byte for n, byte in enumerate(others)
-    }
+    above = {chr(256 + n): byte for n, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | above
+
+
+BYTE_LEVEL = _byte_alphabet()
+
+
+def byte_level_bytes(piece: str) -> bytes:
+    """The bytes that a byte-level piece stands for, a character each."""
+    return bytes(BYTE_LEVEL[character] for character in piece if character in BYTE_LEVEL)
 
 
 def sentencepiece_bytes(piece: str) -> bytes:
@@ -154,15 +136,12 @@ def sentencepiece_bytes(piece: str) -> bytes:
 
 
 class Stream:
-    """Text out of tokens one by one.
-
-    To go on after a prompt, push its ids first and drop what they give.
-    """
+    """Text out of tokens. To go on after a prompt, push its ids first and drop what they give."""
 
     def __init__(self, tokenizer: "Tokenizer") -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._drop_space = tokenizer.engine.leading_space
+        self._drop_space = tokenizer.leading_space
 
     def push(self, token_id: int) -> str:
         """The text that this token completes: empty inside a character of several tokens."""
@@ -194,6 +173,10 @@ class Tokenizer:
         self.bos_id = bos_id
         self.eos_id = eos_id
         self._config = config
+        self._names = {at: name for name, at in engine.ids.items()}
+        # Encoding may put a space before the text; then decoding drops one.
+        first = [self._names[at] for at in engine.encode("a")[:1]]
+        self.leading_space = first != [] and first[0].startswith((SPACE, "Ġ"))
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
@@ -211,14 +194,12 @@ class Tokenizer:
         named += [token for token in added if isinstance(token, dict) and token.get("special")]
         named += config.get("additional_special_tokens") or []
         special = {content for token in named if (content := _content(token)) is not None}
-        engine: Engine
-        path = folder / JsonEngine.file_name
+        library: type[JsonEngine | SentencePieceEngine] = JsonEngine
+        if not (folder / library.file_name).is_file():
+            library = SentencePieceEngine
+        path = folder / library.file_name
         try:
-            if path.is_file():
-                engine = JsonEngine(path.read_bytes(), special)
-            else:
-                path = folder / SentencePieceEngine.file_name
-                engine = SentencePieceEngine(path.read_bytes(), special)
+            tokenizer = cls(library(path.read_bytes(), special), config, None, None)
         except FileNotFoundError as error:
             raise UserError(
                 f"{folder} holds no tokenizer.json or tokenizer.model; copy one beside the weights"
@@ -228,25 +209,25 @@ class Tokenizer:
                 f"{path} cannot be read as a tokenizer ({error}); fetch it again"
             ) from error
         stated = [_read_json(folder / f"{name}.json") for name in ("generation_config", "config")]
-        ids = [_special_id(kind, stated, config, engine) for kind in ("bos", "eos")]
-        return cls(engine, config, ids[0], ids[1])
+        tokenizer.bos_id = _special_id("bos", stated, config, tokenizer)
+        tokenizer.eos_id = _special_id("eos", stated, config, tokenizer)
+        return tokenizer
 
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer and a tokenizer_config.json, which transformers opens too."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         config = dict(self._config)
         for kind, token_id in (("bos", self.bos_id), ("eos", self.eos_id)):
-            config[f"{kind}_token"] = None if token_id is None else self.engine.token(token_id)
-        files = {
-            self.engine.file_name: self.engine.serialize(),
-            "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2).encode()
-            + b"\n",
-        }
-        for name, data in files.items():
+            config[f"{kind}_token"] = None if token_id is None else self._names.get(token_id)
+        fields = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in (
+            (self.engine.file_name, self.engine.serialize()),
+            ("tokenizer_config.json", fields.encode()),
+        ):
             beside = folder / f".{name}.{os.getpid()}"
             beside.write_bytes(data)
-            os.replace(beside, folder / name)
+            beside.replace(folder / name)
 
     @property
     def digest(self) -> str:
@@ -281,7 +262,7 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int | None:
         """The id of a token by its exact name, special ones included: token_id("[unused10]")."""
-        return self.engine.token_id(token)
+        return self.engine.ids.get(token)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -309,13 +290,12 @@ def _content(token: Any) -> str | None:
 
 
 def _special_id(
-    kind: str, stated: list[dict[str, Any]], config: dict[str, Any], engine: Engine
+    kind: str, stated: list[dict[str, Any]], config: dict[str, Any], tokenizer: Tokenizer
 ) -> int | None:
     """The id of "bos" or "eos"; of several eos ids the first."""
     for fields in stated:
-        value = fields.get(f"{kind}_token_id")
-        first = value[0] if isinstance(value, list) and value else value
-        if isinstance(first, int):
-            return first
+        match fields.get(f"{kind}_token_id"):
+            case int(token_id) | [int(token_id), *_]:
+                return token_id
     name = _content(config.get(f"{kind}_token")) or {"bos": "<s>", "eos": "</s>"}[kind]
-    return engine.token_id(name)
+    return tokenizer.token_id(name)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from moge_hal.backend import Backend
-from moge_hal.balance import CALL, Balance, as_json, draw, measure
 from moge_hal.bind import bind
+from moge_hal.cli.balance import CALL, Balance, as_json, draw, measure
 from moge_hal.config import preset
 from moge_hal.errors import UserError
 from moge_hal.runtime import Model

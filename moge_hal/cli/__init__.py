@@ -236,8 +236,8 @@ def train(
     )
 
 
-@app.command(epilog=example("moge-hal balance --picture balance.png"))
-def balance(
+@app.command("balance", epilog=example("moge-hal balance --picture balance.png"))
+def show_balance(
     model: ModelOption = None,
     text: Annotated[
         Path | None, typer.Option(help="Text to route; left out, held-out text of the novels.")
@@ -248,10 +248,9 @@ def balance(
 ) -> None:
     """Route real text and show every device's load: MoGE beside a conventional top-k."""
     from rich.console import Console
-    from rich.table import Table
 
-    from moge_hal.balance import CALL, draw, measure
-    from moge_hal.balance import as_json as rows_as_json
+    from moge_hal.cli.balance import as_json as rows_as_json
+    from moge_hal.cli.balance import draw, measure, table
     from moge_hal.loading import load, shipped_model
     from moge_hal.training.data import read_corpus, split
 
@@ -267,27 +266,7 @@ def balance(
     if as_json:
         print(json.dumps(rows_as_json(rows), indent=2))
     else:
-        table = Table(
-            title=f"{len(ids) // CALL * CALL} tokens of real text, in calls of {CALL}",
-            caption="busiest: rows of the busiest device over the mean; score: the imbalance "
-            "score, (most - fewest rows) / tokens; both are means over layers and calls. "
-            "load: rows of each device over the mean, whole text.",
-            title_justify="left",
-            caption_justify="left",
-        )
-        for column in ("devices", "router", "busiest", "score", "worst score", "load"):
-            justify: Any = "left" if column in ("router", "load") else "right"
-            table.add_column(column, justify=justify)
-        for row in rows:
-            table.add_row(
-                str(row.devices),
-                row.router,
-                f"{row.busiest:.3f}",
-                f"{row.score:.3f}",
-                f"{row.worst:.3f}",
-                " ".join(f"{share:.2f}" for share in row.load),
-            )
-        Console().print(table)
+        Console().print(table(rows, len(ids)))
     if picture is not None:
         draw(rows, picture)
 

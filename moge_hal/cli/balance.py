@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from moge_hal import ops
@@ -89,6 +90,31 @@ def _balance(router: str, devices: int, calls: Tensor, experts: int) -> Balance:
         score=score.mean().item(),
         worst=score.max().item(),
     )
+
+
+def table(rows: Sequence[Balance], tokens: int) -> Table:
+    """For a terminal: what `measure` found out about so many tokens."""
+    shown = Table(
+        title=f"{tokens // CALL * CALL} tokens of real text, in calls of {CALL}",
+        caption="busiest: rows of the busiest device over the mean; score: the imbalance "
+        "score, (most - fewest rows) / tokens; both are means over layers and calls. "
+        "load: rows of each device over the mean, whole text.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for column in ("devices", "router", "busiest", "score", "worst score", "load"):
+        justify: Any = "left" if column in ("router", "load") else "right"
+        shown.add_column(column, justify=justify)
+    for row in rows:
+        shown.add_row(
+            str(row.devices),
+            row.router,
+            f"{row.busiest:.3f}",
+            f"{row.score:.3f}",
+            f"{row.worst:.3f}",
+            " ".join(f"{share:.2f}" for share in row.load),
+        )
+    return shown
 
 
 def as_json(rows: Sequence[Balance]) -> list[dict[str, Any]]:
