@@ -141,12 +141,12 @@ def _attend(
 def swiglu_ffn(b: Builder, x: Value, gate_up: Value, down: Value) -> str:
     """y = (silu(x gateT) * (x upT)) downT."""
     gate, up = b.matrices(gate_up, 2)
-    return _swiglu(b, x, gate, up, down)
+    return linear(b, _silu_times(b, linear(b, x, gate), linear(b, x, up)), down)
 
 
-def _swiglu(b: Builder, x: Any, gate: str, up: str, down: Any) -> str:
-    a = linear(b, x, gate)
-    return linear(b, b.Mul(b.Mul(a, b.Sigmoid(a)), linear(b, x, up)), down)
+def _silu_times(b: Builder, gate: str, up: str) -> str:
+    """silu(gate) * up, silu(a) = a sigmoid(a)."""
+    return str(b.Mul(b.Mul(gate, b.Sigmoid(gate)), up))
 
 
 def router_logits(b: Builder, x: Value, w: Value) -> str:
@@ -231,12 +231,20 @@ def experts(
     parts = b.Split(sorted_rows, counts, axis=0, outputs=("rows",) * local)
     parts = [parts] if local == 1 else parts
     halves = b.matrices(gate_up, 2 * local)
-    results = []
+    gates, ups, downs = [], [], []
+    for e, part in enumerate(parts):
+        with b.scope(str(first + e)):
+            gates.append(linear(b, part, halves[2 * e]))
+            ups.append(linear(b, part, halves[2 * e + 1]))
+    # Between the products an expert is no matter: once over all rows, not three nodes an expert.
+    inner = _silu_times(b, b.Concat(*gates, axis=0), b.Concat(*ups, axis=0))
+    parts = b.Split(inner, counts, axis=0, outputs=("inner",) * local)
+    parts = [parts] if local == 1 else parts
     for e, (part, matrix) in enumerate(zip(parts, b.matrices(down, local), strict=True)):
         with b.scope(str(first + e)):
-            results.append(_swiglu(b, part, halves[2 * e], halves[2 * e + 1], matrix))
+            downs.append(linear(b, part, matrix))
     shares = b.Gather(b.Reshape(weights, [-1]), mine, axis=0)
-    weighted = b.Mul(b.Concat(*results, axis=0), b.Unsqueeze(shares, [1]))
+    weighted = b.Mul(b.Concat(*downs, axis=0), b.Unsqueeze(shares, [1]))
     # Back to the order of tokens; a row that lies elsewhere reads the row of zeros at the end.
     padded = b.Concat(weighted, np.zeros((1, hidden), np.float32), axis=0)
     source = b.ScatterElements(
