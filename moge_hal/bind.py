@@ -108,8 +108,9 @@ def _choose(backend: Backend, facts: Facts, overrides: Mapping[str, str], strict
     try:
         reason = backend.why_not(facts)
     except Exception as error:  # the contract forbids it, so the backend's author is to blame
+        kind = type(backend)  # by its class: an unfinished one is called "default"
         fault = f"raised {type(error).__name__} in why_not({facts.op}): {error}"
-        raise UserError(f"backend {backend.name!r} {fault}") from error
+        raise UserError(f"backend {kind.__module__}:{kind.__qualname__} {fault}") from error
     if reason is None:
         return Choice(facts.op, backend.name, "the backend's own", own=True)
     if strict:

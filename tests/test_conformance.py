@@ -305,7 +305,8 @@ def test_random_weights_hide_nothing() -> None:
     weights = random_weights(config, 0)
     assert all(w.dtype == torch.float32 and float(w.std()) > 0.01 for w in weights.values())
     scale = weights["layers.0.mlp.router_scale"]
-    assert float(scale.min()) > 0.5 and float(scale.max()) <= 2
+    assert float(scale.abs().min()) > 0.5 and float(scale.abs().max()) <= 2
+    assert float(scale.min()) < 0 < float(scale.max())
     other = random_weights(config, 1)
     assert not any(torch.equal(weights[name], other[name]) for name in weights)
     logits = bind(config, weights, Backend())(torch.arange(20)[None])
@@ -319,3 +320,28 @@ def test_scenes_are_what_they_say() -> None:
     assert left == [-1] * 6 + list(range(6))
     assert right == [*range(7), -1, -1, -1, -1, -1]
     assert middle == [0, 1, 2, 3, -1, -1, -1, -1, -1, 4, 5, 6]
+
+
+def test_names_may_stand_in_one_text() -> None:
+    result = run(f"{NULL}, cpu", [f"{LINEAR}/scale1/value"], echo=False)
+    assert result.backends == (NULL, "cpu") and result.exit_code == 0
+
+
+def test_a_long_list_of_failures_is_cut() -> None:
+    ids = [f"linear/f32/T{n}-I8-O8/scale1/value" for n in range(25)]
+    report = Result(("x",), tuple(Outcome.of(i, "x", "failed", reason="wrong") for i in ids))
+    text = report.report()
+    assert text.count("FAILED on x") == 20
+    assert "and on x: 5 more of linear/*/value" in text
+
+
+def test_a_why_not_that_raises_is_one_sentence() -> None:
+    class Raises(Backend):
+        def linear(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+            return torch.zeros(len(x), len(w))
+
+        def why_not(self, facts: object) -> str | None:
+            raise KeyError("x")
+
+    with pytest.raises(UserError, match=r"Raises raised KeyError in why_not\(linear\)"):
+        Subject(Raises())

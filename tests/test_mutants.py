@@ -32,6 +32,8 @@ REJECTED: list[tuple[type[Backend], str]] = [
     (routing.ScaleBeforeSelection, f"{MODEL}/one-pass"),
     (routing.ScaleForgotten, f"{ROUTE}/route.valid"),
     (routing.ScaleForgotten, f"{MODEL}/one-pass"),
+    (routing.ScaleSignLost, f"{ROUTE}/route.valid"),
+    (routing.ScaleSignLost, f"{MODEL}/one-pass"),
     (routing.TiesToTheHighest, f"{ROUTE}/route.ties"),
     (routing.BestOfTheBatch, f"{ROUTE}/rows"),
     (routing.NaNOutOfRange, f"{ROUTE}/nan"),
@@ -63,6 +65,10 @@ REJECTED: list[tuple[type[Backend], str]] = [
     (attention.PaddingInSlotZero, "attention/f32/B4-S17-H6-Hkv2-d8/scale1/ragged"),
     (attention.PaddingInSlotZero, f"{MODEL}/ragged"),
     (attention.PaddingIsNaN, "attention/f32/B4-S17-H6-Hkv2-d8/scale1/ragged"),
+    (attention.FiniteMask, f"{ATTENTION}/masked"),
+    (attention.BlockOfEight, f"{MODEL}/batch"),
+    (attention.OneBuffer, f"{MODEL}/two-caches"),
+    (layers.FirstInsteadOfLast, f"{MODEL}/last-only"),
     (attention.StaleCache, f"{MODEL}/stale"),
     (attention.CapacityOffByOne, f"{MODEL}/cache-full"),
 ]
@@ -89,6 +95,9 @@ def test_what_the_attention_mutants_are_made_of_is_right() -> None:
     judge(Subject(attention.DecodeOffByOne()), parse(f"{ATTENTION}/value"))
     judge(Subject(attention.StaleCache()), parse(f"{MODEL}/decode"))
     judge(Subject(attention.Window()), parse(f"{MODEL}/chunks"))
+    judge(Subject(attention.FiniteMask()), parse(f"{ATTENTION}/value"))
+    judge(Subject(attention.BlockOfEight()), parse(f"{MODEL}/ragged"))
+    judge(Subject(layers.FirstInsteadOfLast()), parse(f"{MODEL}/decode"))
 
 
 def test_an_epsilon_error_is_invisible_at_unit_scale() -> None:

@@ -24,6 +24,8 @@ ACCEPTED: list[tuple[type[Backend], str]] = [
     (experts.ArgmaxPasses, "route/f32/T17-E15-G3-K6-SEED/scale1/route.valid"),
     (experts.ArgmaxPasses, "route/f32/T17-E15-G3-K6-SEED/scale30/route.valid"),
     (experts.ArgmaxPasses, "route/f32/T17-E15-G3-K6-SEED/scale1/gradients"),
+    (experts.LogSumExp, "route/f32/T17-E15-G3-K6-SEED/scale1/route.valid"),
+    (experts.LogSumExp, "route/f32/T17-E15-G3-K6-SEED/scale30/route.valid"),
     (sums.SequentialSums, "linear/f32/T7-I640-O24-SEED/scale1/value"),
     (sums.SequentialSums, "linear/bf16/T7-I96-O24-SEED/scale1/value"),
     (sums.SequentialSums, "swiglu_ffn/f32/T7-D96-F24-SEED/scale1/value"),

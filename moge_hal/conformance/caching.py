@@ -146,4 +146,38 @@ def _attend(
     return torch.cat(done, 1)
 
 
-PROPERTIES = {"decode": decode, "chunks": chunks, "ragged": ragged, "unwritten": unwritten}
+def masked(subject: Subject, case: Case) -> Verdict:
+    """A key that a token must not see may have any score, be it 100,000 times the others'.
+
+    Guards against: a mask that is a finite number added to the scores, which a large enough score
+    outweighs: the token then sees the future, or padding.
+    """
+    args = dict(draw(case))
+    length = case.sizes["S"]
+    positions = args["positions"].clone()
+    positions[-1] = (torch.arange(length) - 2).clamp_min(-1)
+    keys = args["k"].clone()
+    keys[:, -1] *= 1e5  # the future of all but the last token
+    keys[-1, :2] *= 1e5  # padding
+    args["k"], args["positions"] = keys, positions
+    got = subject.run(case, args)[0].cpu()
+    real = positions >= 0
+    real[:, -1] = False
+    verdicts = []
+    for row in range(len(positions)):
+        alone = {
+            n: v[row : row + 1, real[row]] if isinstance(v, Tensor) else v for n, v in args.items()
+        }
+        part = (got[row : row + 1, real[row]],)
+        what = f"row {row} beside a huge key that it must not see"
+        verdicts.append(check(case, part, alone, allowances(case), what))
+    return worst(verdicts)
+
+
+PROPERTIES = {
+    "decode": decode,
+    "chunks": chunks,
+    "ragged": ragged,
+    "unwritten": unwritten,
+    "masked": masked,
+}

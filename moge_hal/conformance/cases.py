@@ -53,12 +53,13 @@ PROPERTIES = {
     "rms_norm": _COMMON,
     "add_rms_norm": _COMMON,
     "rotary": _COMMON,
-    "attention": f"{_COMMON} decode chunks ragged unwritten",
+    "attention": f"{_COMMON} decode chunks ragged unwritten masked",
     "swiglu_ffn": _COMMON,
     "router_logits": f"{_COMMON} route.ties",
     "route": "route.valid route.ties nan rows repeat gradients",
     "experts": f"{_COMMON} unselected expert-parallel",
-    "model": "one-pass decode chunks long ragged stale unwritten cache-full dtype",
+    "model": "one-pass decode chunks last-only batch long ragged two-caches stale unwritten "
+    "cache-full dtype",
 }
 WORDS = {
     "linear": "nobias",

@@ -47,15 +47,20 @@ class Transcript:
 
 
 def play(
-    model: Model, ids: Tensor, positions: Tensor, sizes: Iterable[int], cache: Any
+    model: Model,
+    ids: Tensor,
+    positions: Tensor,
+    sizes: Iterable[int],
+    cache: Any,
+    last_only: bool = False,
 ) -> tuple[Transcript, Any]:
     """Steps of these sizes over ids and positions [B, S] -> what came out, and the cache."""
     logits, routes, start = [], [], 0
     config = model.config
     for size in sizes:
         part = slice(start, start + size)
-        out = model.step(ids[:, part], positions[:, part], cache)
-        shape = (len(ids), size, config.vocab_size)
+        out = model.step(ids[:, part], positions[:, part], cache, last_only)
+        shape = (len(ids), 1 if last_only else size, config.vocab_size)
         _check_form("logits", out.logits, torch.float32, shape)
         form = (config.num_hidden_layers, len(ids) * size, config.num_experts_per_tok)
         _check_form("routes", out.routes, torch.int32, form)

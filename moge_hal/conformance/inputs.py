@@ -55,6 +55,11 @@ def integers(name: str, *shape: int, low: int, high: int) -> Tensor:
     return torch.from_numpy(found).reshape(shape)
 
 
+def signs(name: str, *shape: int) -> Tensor:
+    """-1 or 1; float64 [shape]."""
+    return (2 * integers(name, *shape, low=0, high=2) - 1).double()
+
+
 def order(name: str, count: int) -> Tensor:
     """A permutation of 0 .. count - 1; int64."""
     return torch.from_numpy(np.argsort(words(name, count), kind="stable"))
@@ -154,6 +159,7 @@ def _router_logits(case: Case) -> Args:
 def _route(case: Case) -> Args:
     s, limited = case.sizes, "limit" in case.sizes
     scale = uniform(f"{case.key}/scale", s["E"], low=0.5, high=2.0).float()
+    scale *= signs(f"{case.key}/sign", s["E"]).float()  # nothing says that a scale is positive
     bias = normal(f"{case.key}/bias", s["E"], scale=0.25).float()
     return {
         "logits": normal(f"{case.key}/logits", s["T"], s["E"], scale=case.scale).float(),

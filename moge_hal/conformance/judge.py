@@ -50,17 +50,35 @@ def measure(case: Case, args: Args) -> list[Allowance]:
         exacts = [exact(case.op, args)] * 2
     n = longest_reduction(case)
     return [
-        _allowance(case.op, [answer[i] for answer in answers], [want[i] for want in exacts], n)
+        _allowance(
+            case.op,
+            [answer[i] for answer in answers],
+            [want[i] for want in exacts],
+            n,
+            _exponent(case, args),
+        )
         for i in range(len(answers[0]))
     ]
 
 
-def _allowance(op: str, answers: list[Tensor], exacts: list[Tensor], n: int) -> Allowance:
+def _allowance(
+    op: str, answers: list[Tensor], exacts: list[Tensor], n: int, exponent: float
+) -> Allowance:
     dtype = answers[0].dtype
     if not dtype.is_floating_point:
         return Allowance(dtype, 0.0)
     p = max(_error(op, got, want) for got, want in zip(answers, exacts, strict=True))
-    return Allowance(dtype, limit(p, dtype, n))
+    return Allowance(dtype, limit(p, dtype, n) + exponent)
+
+
+def _exponent(case: Case, args: Args) -> float:
+    """What a softmax may lose in its exponent. exp(x - log(sum(exp))) is as right as exp(x - max) /
+    sum, but rounds numbers of the size of the logits, and exp makes of their absolute error its
+    relative one: two roundings of half a float32 step of the largest logit.
+    """
+    if case.op != "route" or not args["logits"].numel():
+        return 0.0
+    return float(args["logits"].abs().max()) * 2.0**-23
 
 
 def _error(op: str, got: Tensor, want: Tensor) -> float:

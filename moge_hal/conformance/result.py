@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from moge_hal.conformance.cases import PROPERTIES
 
+SHOWN = 20  # failures that are told in full
 Word = Literal["passed", "failed", "skipped"]
 
 
@@ -65,14 +66,17 @@ class Result:
         return "\n".join([*self._failures(), *self._skips(), *self._table(), *self._idle()])
 
     def _failures(self) -> list[str]:
+        """The first ones in full; of the rest how many, by backend, operation and property."""
         lines = []
-        for o in self.outcomes:
-            if o.outcome == "failed":
-                lines.append(f"FAILED on {o.backend}: {o.id}")
-                measured = o.error is not None and o.limit is not None
-                size = f": error {o.error:.2g}, limit {o.limit:.2g}" if measured else ""
-                lines += [f"    {o.reason}{size}", f"    {o.replay}", ""]
-        return lines
+        failed = [o for o in self.outcomes if o.outcome == "failed"]
+        for o in failed[:SHOWN]:
+            lines.append(f"FAILED on {o.backend}: {o.id}")
+            measured = o.error is not None and o.limit is not None
+            size = f": error {o.error:.2g}, limit {o.limit:.2g}" if measured else ""
+            lines += [f"    {o.reason}{size}", f"    {o.replay}", ""]
+        rest = Counter((o.backend, *o.id.split("/")[::4]) for o in failed[SHOWN:])
+        lines += [f"and on {b}: {n} more of {op}/*/{prop}" for (b, op, prop), n in rest.items()]
+        return [*lines, ""] if rest else lines
 
     def _skips(self) -> list[str]:
         why: dict[tuple[str, str], list[str]] = defaultdict(list)

@@ -28,16 +28,21 @@ def list_cases(filters: Sequence[str] = ()) -> list[str]:
 
 
 def run(
-    backends: Sequence[str] | None = None, filters: Sequence[str] = (), *, echo: bool = True
+    backends: str | Sequence[str] | None = None,
+    filters: Sequence[str] = (),
+    *,
+    echo: bool = True,
 ) -> Result:
     """Judges backends.
 
-    backends: names as for `get_backend`, `package.module:Class` included; None = the one that
-    MOGE_HAL_BACKEND names. filters: globs on ids; a case runs if one of them matches it. echo:
-    print progress and the report. Raises `UserError` for a backend that does not exist or cannot
-    run here, and for a filter that matches no case.
+    backends: names as for `get_backend`, `package.module:Class` included, in a list or with commas
+    between them; None = the one that MOGE_HAL_BACKEND names. filters: globs on ids; a case runs if
+    one of them matches it. echo: print progress and the report. Raises `UserError` for a backend
+    that does not exist or cannot run here, and for a filter that matches no case.
     """
     cases = select(filters)
+    if isinstance(backends, str):
+        backends = [name.strip() for name in backends.split(",") if name.strip()]
     subjects = (
         [Subject(get_backend(name), name) for name in dict.fromkeys(backends)]
         if backends is not None

@@ -71,6 +71,9 @@ class Subject:
     def __init__(self, backend: Backend, label: str | None = None) -> None:
         self.backend = backend
         self.label = label or backend.name
+        # A `why_not` that raises is found out here, not in every case.
+        tiny = PRESETS["tiny"]
+        bind_operations(backend, tiny.sizes, tiny.route, backend.dtypes[0], "infer")
         self._bound: dict[Any, Bound] = {}
         self._compiled: dict[Any, Callable[..., Any] | Exception] = {}
         self._models: dict[str, Model] = {}

@@ -9,7 +9,7 @@ from torch import Tensor
 from moge_hal.backend import Backend
 from moge_hal.config import Config, preset
 from moge_hal.conformance.cases import Case
-from moge_hal.conformance.inputs import fan, normal, uniform
+from moge_hal.conformance.inputs import fan, normal, signs, uniform
 from moge_hal.conformance.verdict import Skip
 from moge_hal.loading import SHIPPED, load
 from moge_hal.model import skeleton
@@ -18,14 +18,16 @@ from moge_hal.model import skeleton
 def random_weights(config: Config, seed: int) -> dict[str, Tensor]:
     """Float32 weights by canonical name, none of them at the value that would hide its absence.
 
-    Biases are not 0, norms and router scales not 1 but in (0.5, 2]: a backend that forgets one of
-    them is wrong by a lot.
+    Biases are not 0, norms and router scales not 1 but 0.5 to 2 in size, a scale of either sign: a
+    backend that forgets one of them is wrong by a lot.
     """
     weights = {}
     for name, parameter in skeleton(config).named_parameters():
         shape, key = tuple(parameter.shape), f"weights/{seed}/{name}"
         if name.endswith(("norm.weight", "router_scale")):
             drawn = uniform(key, *shape, low=0.5, high=2.0)
+            if name.endswith("router_scale"):
+                drawn = drawn * signs(f"{key}/sign", *shape)
         elif name.endswith("bias"):
             drawn = normal(key, *shape, scale=0.5)
         elif name == "embed_tokens.weight":

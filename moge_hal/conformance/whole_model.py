@@ -15,8 +15,10 @@ from moge_hal.bind import bind
 from moge_hal.config import preset
 from moge_hal.conformance.caching import chunk_sizes, ragged_positions, spoil
 from moge_hal.conformance.cases import Case
-from moge_hal.conformance.forced import Oracle, play
+from moge_hal.conformance.forced import Oracle, Transcript, play
 from moge_hal.conformance.inputs import integers
+from moge_hal.conformance.judge import worst
+from moge_hal.conformance.limits import worst_row
 from moge_hal.conformance.subject import Subject
 from moge_hal.conformance.verdict import Failure, Verdict
 from moge_hal.conformance.weights import model_weights, random_weights
@@ -73,14 +75,68 @@ def chunks(subject: Subject, case: Case) -> Verdict:
     return oracle.check(play(model, ids, positions, chunk_sizes(50), model.new_cache(1, 64))[0])
 
 
+def last_only(subject: Subject, case: Case) -> Verdict:
+    """What generation asks for: of a prompt, a chunk and single tokens, the last position alone.
+
+    Guards against: a shortcut before the output projection that takes the first row, or that of
+    another sequence; nothing else of the suite goes that way.
+    """
+    model, oracle, ids, positions = _scene(subject, case, 2, 21)
+    sizes = [9, 8, 1, 1, 1, 1]
+    whole, _ = play(model, ids, positions, sizes, model.new_cache(2, 24))
+    verdict = oracle.check(whole)
+    last, _ = play(model, ids, positions, sizes, model.new_cache(2, 24), last_only=True)
+    if not torch.equal(last.routes, whole.routes):
+        raise Failure("with last_only, tokens go to other experts")
+    ends = torch.tensor(sizes).cumsum(0) - 1
+    error = worst_row(last.logits, whole.logits[:, ends].double())
+    if error > verdict.limit:
+        reason = "with last_only, the logits are not those of the last position"
+        raise Failure(reason, error, verdict.limit)
+    return verdict
+
+
+def batch(subject: Subject, case: Case) -> Verdict:
+    """Nineteen rows at once: a prompt, then two tokens.
+
+    Guards against: a kernel for up to 8 or 16 rows whose second block is wrong.
+    """
+    model, oracle, ids, positions = _scene(subject, case, 19, 7)
+    return oracle.check(play(model, ids, positions, [5, 1, 1], model.new_cache(19, 8))[0])
+
+
+def two_caches(subject: Subject, case: Case) -> Verdict:
+    """Two texts, each with a cache of its own, written in turn.
+
+    Guards against: buffers that belong to the model instead of the cache, which one text at a time
+    never shows.
+    """
+    model, oracle, ids, positions = _scene(subject, case, 2, 20)
+    texts = [ids, ids.flip(1)]
+    caches = [model.new_cache(2, 24) for _ in texts]
+    written: list[Transcript | None] = [None, None]
+    for start, end in ((0, 11), (11, 18), (18, 19), (19, 20)):
+        for i, text in enumerate(texts):
+            part = slice(start, end)
+            more, caches[i] = play(
+                model, text[:, part], positions[:, part], [end - start], caches[i]
+            )
+            before = written[i]
+            written[i] = more if before is None else before.then(more)
+    return worst([oracle.check(text) for text in written if text is not None])
+
+
 def long(subject: Subject, case: Case) -> Verdict:
-    """A prompt of 531 tokens, then 2 more.
+    """A prompt of 531 tokens, another chunk up to the end of the context (1,024 positions at most),
+    and the last 2 tokens that it holds.
 
     Guards against: rotary tables or masks of a fixed length; angles computed in low precision,
     which are right for the first hundred positions; blocks of 512 whose second one is wrong.
     """
-    model, oracle, ids, positions = _scene(subject, case, 1, 533)
-    return oracle.check(play(model, ids, positions, [531, 1, 1], model.new_cache(1, 600))[0])
+    context = min(model_weights(case)[0].max_position_embeddings, 1024)
+    model, oracle, ids, positions = _scene(subject, case, 1, context)
+    sizes = [531, context - 533, 1, 1]
+    return oracle.check(play(model, ids, positions, sizes, model.new_cache(1, context))[0])
 
 
 def ragged(subject: Subject, case: Case) -> Verdict:
@@ -162,6 +218,9 @@ PROPERTIES: dict[str, Callable[[Subject, Case], Verdict]] = {
     "one-pass": one_pass,
     "decode": decode,
     "chunks": chunks,
+    "last-only": last_only,
+    "batch": batch,
+    "two-caches": two_caches,
     "long": long,
     "ragged": ragged,
     "stale": stale,

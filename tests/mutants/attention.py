@@ -167,3 +167,42 @@ class CapacityOffByOne(Backend):
         cache: Cache = super().new_cache(config, batch, capacity - 1, dtype)
         cache.capacity = capacity
         return cache
+
+
+class FiniteMask(Spelled):
+    """What must not be seen is pushed down by a number that a large score outweighs."""
+
+    name = "finite-mask"
+
+    def hide(self, scores: Tensor, visible: Tensor) -> Tensor:
+        return scores - 1e4 * ~visible[:, None]
+
+
+class BlockOfEight(Backend):
+    """Of a batch, only the first eight rows are computed; the next block repeats the first row."""
+
+    name = "block-of-eight"
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: Any, positions: Tensor
+    ) -> tuple[Tensor, Any]:
+        mixed, cache = super().attention(q, k, v, cache, positions)
+        if len(q) > 8:
+            mixed = torch.cat([mixed[:8], mixed[:1].expand(len(q) - 8, -1, -1, -1)])
+        return mixed, cache
+
+
+class OneBuffer(Backend):
+    """One buffer for all caches of a size."""
+
+    name = "one-buffer"
+
+    def __init__(self, index: int | None = None) -> None:
+        super().__init__(index)
+        self.buffers: dict[Any, Cache] = {}
+
+    def new_cache(self, config: Config, batch: int, capacity: int, dtype: torch.dtype) -> Cache:
+        key = (config, batch, capacity, dtype)
+        if key not in self.buffers:
+            self.buffers[key] = super().new_cache(config, batch, capacity, dtype)
+        return self.buffers[key]

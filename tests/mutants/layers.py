@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moge_hal import ops
-from moge_hal.backend import Backend
+from moge_hal.backend import Backend, StepOut
+from moge_hal.model import Transformer
 
 
 class EpsilonOutside(Backend):
@@ -87,3 +88,19 @@ class LeavesSomethingBehind(Backend):
             out = out + 1e-7 * self.buffer
         self.buffer = out
         return out
+
+
+class FirstInsteadOfLast(Backend):
+    """Asked for the last position's logits, gives the first one's."""
+
+    name = "first-instead-of-last"
+
+    def compile(self, step: Any, example: tuple[Any, ...], dynamic: Any) -> Any:
+        if not isinstance(step, Transformer):
+            return step
+
+        def run(ids: Tensor, positions: Tensor, cache: Any, last_only: bool = False) -> StepOut:
+            out: StepOut = step(ids, positions, cache)
+            return out._replace(logits=out.logits[:, :1]) if last_only else out
+
+        return run

@@ -147,3 +147,14 @@ class LowPrecisionRouter(Backend):
 
     def router_logits(self, x: Tensor, w: Any) -> Tensor:
         return ops.router_logits(x, w).bfloat16().float()
+
+
+class ScaleSignLost(Backend):
+    """A kernel that keeps the logarithm of router_scale."""
+
+    name = "scale-sign-lost"
+
+    def route(
+        self, logits: Tensor, spec: RouteSpec, scale: Any = None, bias: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        return ops.route(logits, spec, None if scale is None else scale.abs(), bias)

@@ -74,3 +74,17 @@ class ArgmaxPasses(Backend):
         ids = (torch.cat(found, -1) + start).flatten(1)
         weights = logits.log_softmax(-1).exp().gather(1, ids)
         return ids.int(), weights if scale is None else weights * scale[ids]
+
+
+class LogSumExp(Backend):
+    """exp(x - log(sum(exp(x)))): its exponent rounds at the size of the logits."""
+
+    name = "log-sum-exp"
+
+    def route(
+        self, logits: Tensor, spec: RouteSpec, scale: Any = None, bias: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        ids, _ = ops.route(logits, spec)
+        chosen = ids.long()
+        weights = (logits.gather(1, chosen) - logits.logsumexp(-1, keepdim=True)).exp()
+        return ids, weights if scale is None else weights * scale[chosen]
