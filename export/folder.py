@@ -23,6 +23,7 @@ from moge_hal.files import new_folder
 from moge_hal.loading import load
 from moge_hal.model import Transformer
 from moge_hal.runtime import Model
+from moge_hal.shards import has_weights
 
 README = (
     "An ONNX model, exported by moge_hal {version}: the graph is model.onnx, its weights are in "
@@ -144,8 +145,11 @@ def genai_config(config: Config) -> dict[str, Any]:
 class _Unbound(Lowering):
     """Opens a checkpoint without binding its weights: the exporter reads them one at a time."""
 
-    def open(self, folder: Any, config: Config) -> Step:
-        return _refuse
+    name = "export"
+
+    def open(self, folder: Any, config: Config) -> Step | None:
+        # Without weights, `load` asks for them next and says what is missing.
+        return _refuse if has_weights(Path(folder)) else None
 
 
 def unbound(config: Config, weights: Mapping[str, Tensor]) -> Model:

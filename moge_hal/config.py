@@ -6,8 +6,9 @@ field for the groups, since there a group gives one expert: groups = num_experts
 `num_groups`, which may be smaller.
 """
 
+import difflib
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from moge_hal.router import RouteSpec
 
 ARCHITECTURE = "PanguProMoEForCausalLM"
 MODEL_TYPE = "PanguProMoE"
+LARGEST = {"max_position_embeddings": 2**24}  # rotary tables grow with it; others: 2**31 - 1
 LETTERS = {  # as docstrings write the sizes; Fs is F of the shared expert
     "V": "vocab_size",
     "D": "hidden_size",
@@ -63,10 +65,13 @@ class Config:
             value = getattr(self, field.name)
             if field.type is int:
                 require_whole(field.name, value)
+                most = LARGEST.get(field.name, 2**31 - 1)
+                if value > most:
+                    refuse(field.name, value, f"must be at most {most}")
             elif field.type is float and not is_number(value):
                 refuse(field.name, value, "must be a number")
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
-            if not 0 < getattr(self, name) < math.inf:
+            if not 0 < getattr(self, name) <= sys.float_info.max:
                 refuse(name, getattr(self, name), "must be finite and above 0")
         if not self.router_aux_loss_coef >= 0:
             refuse("router_aux_loss_coef", self.router_aux_loss_coef, "must not be negative")
@@ -129,7 +134,7 @@ class Config:
             raise UserError(
                 f"{path.parent} has no config.json: give a folder that holds a model"
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} cannot be read as JSON ({error}): restore the file") from None
         if not isinstance(data, dict):
             raise UserError(f"{path} must hold a JSON object, not {type(data).__name__}")
@@ -180,6 +185,9 @@ def _refuse_other_models(data: Mapping[str, Any]) -> None:
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         "norm_topk_prob": False,
+        "attention_bias": True,
+        "mlp_only_layers": [],
+        "quantization_config": None,
         "rope_scaling": None,
         "rope_parameters.rope_type": "default",
         "rope_parameters.partial_rotary_factor": 1,
@@ -187,6 +195,14 @@ def _refuse_other_models(data: Mapping[str, Any]) -> None:
     for name, value in only.items():
         if stated.get(name) not in (None, value):
             refuse(name, stated[name], f"must be {value!r}: nothing else is implemented")
+    window = data.get("sliding_window")
+    if window is not None and data.get("use_sliding_window") is not False:
+        refuse("sliding_window", window, "must be null: nothing else is implemented")
+    # No other library has this field, so nobody else would notice that it is misspelt.
+    unknown = [name for name in data if name not in {f.name for f in fields(Config)}]
+    for name in difflib.get_close_matches("num_groups", unknown, cutoff=0.8):
+        if data[name] is not None:
+            refuse(name, data[name], "is no field of the configuration; did you mean 'num_groups'?")
 
 
 def _sizes(**letters: int) -> dict[str, int]:

@@ -49,7 +49,8 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 def _beside(target: Path) -> Iterator[Path]:
     """A free name near `target`, on the same disk; what the block puts there becomes `target`."""
     # Folders that lead to the target are made last, so that a failure leaves none of them either.
-    nearest = next(folder for folder in target.parents if folder.exists())
+    # The root has no parents; whoever asks for it is told that it is not empty.
+    nearest = next(folder for folder in (*target.parents, target) if folder.exists())
     beside = nearest / f".{target.name}.{uuid4().hex[:8]}"
     try:
         yield beside

@@ -11,7 +11,7 @@ and positions stay on the host; `model.step` moves them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import chain
@@ -69,7 +69,7 @@ def generate(
     options: those of `stream`. Raises UserError before anything runs if one of them, or a prompt,
     cannot be served.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = _texts("prompt", prompt)
     pieces: list[list[Piece]] = [[] for _ in prompts]
     for piece in stream(model, prompts, **options):
         pieces[piece.row].append(piece)
@@ -107,8 +107,8 @@ def stream(
     certain. Raises UserError as `generate` does: by the call, not by the first piece.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
-    prompt_ids = _encode(model, [prompt] if isinstance(prompt, str) else prompt)
-    stops = [stop] if isinstance(stop, str) else list(stop)
+    prompt_ids = _encode(model, _texts("prompt", prompt))
+    stops = _texts("stop", stop)
     for string in stops:
         if not (isinstance(string, str) and string):
             refuse("stop", string, "must be a text of at least one character")
@@ -152,6 +152,7 @@ def tokens(
 
     prompts: ids of each row, of any lengths. sampling: None = greedy. eos_id: ends a row, as its
     last token; None = nothing does. chunk: how many columns of the prompts are read at once.
+    Ids that the model's tokenizer does not know are never drawn.
     rows: the number under which each row draws (default 0, 1, ...): a part of a batch, run alone
     under the numbers that it had there, draws the same tokens.
     ended: a set that the caller may grow meanwhile: rows (by place in `prompts`) to write no more.
@@ -167,6 +168,8 @@ def tokens(
     rule = sampling or Sampling()
     lengths = [len(prompt) for prompt in prompts]
     longest, context = max(lengths), model.config.max_position_embeddings
+    # Released embeddings are often padded: no text has the ids beyond the tokenizer's.
+    known = model.tokenizer.vocab_size if model.tokenizer else model.config.vocab_size
 
     def run() -> Iterator[list[Token]]:
         ids, positions = _columns(len(prompts), longest)
@@ -179,7 +182,7 @@ def tokens(
 
         live: Sequence[int] = range(len(prompts))
         for number in range(max_new_tokens):
-            on_host = logits[:, -1].cpu().numpy()
+            on_host = logits[:, -1, :known].cpu().numpy()
             new = []
             for row in live:
                 token_id = rule.choose(on_host[row], numbers[row], number)
@@ -260,6 +263,13 @@ def _overlap(text: str, stop: str) -> int:
     """The length of the longest end of `text` that is a beginning of `stop`."""
     longest = min(len(text), len(stop))
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _texts(name: str, given: str | Sequence[str]) -> list[str]:
+    """One text or several, as a list; the texts themselves are not judged here."""
+    if not isinstance(given, Iterable):
+        refuse(name, given, "must be text, or a list of texts")
+    return [given] if isinstance(given, str) else list(given)
 
 
 def _encode(model: Model, prompts: Sequence[str]) -> list[list[int]]:

@@ -1,5 +1,6 @@
 """From a folder to a model that runs."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from moge_hal.backend import Backend
 from moge_hal.bind import Choice, bind, check_dtype
 from moge_hal.checkpoint import Checkpoint, parse_dtype
 from moge_hal.config import Config
-from moge_hal.errors import UserError
+from moge_hal.errors import UserError, refuse
 from moge_hal.files import progress
 from moge_hal.registry import get_backend, settings
 from moge_hal.runtime import Model
@@ -36,11 +37,18 @@ def load(
     of one of them. Raises `UserError`.
     """
     environment = settings()
+    if path is not None and not isinstance(path, str | os.PathLike):
+        refuse("path", path, "must be a model's folder")
     folder = shipped_model() if path is None else _existing_folder(Path(path))
     config = Config.from_json(folder / "config.json")
     chosen = backend if isinstance(backend, Backend) else get_backend(backend)
     kind = check_dtype(chosen, None if dtype is None else parse_dtype(dtype))
     tokenizer = _open_tokenizer(folder, config)
+    if chosen.graph and environment.overrides:  # said before `open`, which may export for long
+        raise UserError(
+            f"MOGE_HAL_OPS: backend {chosen.name!r} runs a graph, where no operation can be "
+            f"exchanged; unset MOGE_HAL_OPS"
+        )
     step = chosen.open(folder, config)
     if step is not None:
         if environment.overrides:

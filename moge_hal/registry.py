@@ -6,6 +6,7 @@ one function, and nowhere else.
 """
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from moge_hal import ops
 from moge_hal.backend import Backend, Probe
-from moge_hal.errors import UserError, close_matches
+from moge_hal.errors import UserError, close_matches, refuse
 
 GROUP = "moge_hal.backends"
 AUTOMATIC = ("ascend", "cuda", "cpu")  # what `auto` tries, in order; never a graph backend
@@ -84,7 +85,7 @@ def table(rows: list[BackendInfo] | None = None) -> str:
         if row.probe.ok:
             lines.append(f"  {row.name:8} ok   {row.probe.device}")
         else:
-            lines.append(f"  {row.name:8} no   {row.probe.reason} Fix: {row.probe.fix}")
+            lines.append(f"  {row.name:8} no   {_refusal(row.probe)}")
     return "\n".join(lines) or "  (none is installed: run `pip install .` in the repository)"
 
 
@@ -96,12 +97,16 @@ def get_backend(name: str | None = None) -> Backend:
     installed. Raises `BackendError` with the reason and the fix for every backend.
     """
     wanted, known = name or settings().backend, _entry_points()
+    if not isinstance(wanted, str):
+        refuse("backend", wanted, "must be a name, or, for `load`, a Backend")
     if wanted == "auto":
         choices = [n for n in AUTOMATIC if n in known]
     else:
         choices = [part.strip() for part in wanted.split(",") if part.strip()]
     if not choices:
         raise BackendError(f"no backend in {wanted!r}; there are:\n{table()}")
+    if "auto" in choices and wanted != "auto":
+        raise BackendError(f"backend {wanted!r}: auto stands alone, other names may be listed")
     refusals = []
     # All are parsed before the first is tried: a misspelt name is an error wherever it stands.
     for choice, (path, index) in [(c, _parse(c, known)) for c in choices]:
@@ -113,7 +118,7 @@ def get_backend(name: str | None = None) -> Backend:
         probe = _probe(backend)
         if probe.ok:
             return backend
-        refusals.append(f"backend {choice!r} cannot run: {probe.reason} Fix: {probe.fix}")
+        refusals.append(f"backend {choice!r} cannot run: {_refusal(probe)}")
     raise BackendError("\n".join([*refusals, "The backends here:", table()]))
 
 
@@ -148,6 +153,11 @@ def _probe(backend: Backend) -> Probe:
     return Probe(False, fault, f"report it to the author of {kind.__module__}:{kind.__qualname__}.")
 
 
+def _refusal(probe: Probe) -> str:
+    """Why not and what to do, in one line, whatever a driver's message looks like."""
+    return " ".join(f"{probe.reason} Fix: {probe.fix}".split())
+
+
 def _parse(choice: str, known: Mapping[str, list[EntryPoint]]) -> tuple[str, int | None]:
     """`cuda:1` -> ("cuda", 1), `package.module:Class` -> itself and None; raises for neither."""
     base, colon, suffix = choice.partition(":")
@@ -156,6 +166,8 @@ def _parse(choice: str, known: Mapping[str, list[EntryPoint]]) -> tuple[str, int
             raise BackendError(f"backend {choice!r}: name its device by a number, as in {base}:0")
         return base, int(suffix) if colon else None
     if suffix and not suffix.isdecimal():
+        if not re.fullmatch(r"[\w.]+:[\w.]+", choice):
+            raise BackendError(f"backend {choice!r}: a class is named as in package.module:Class")
         return choice, None
     near = close_matches(base, known)
     raise BackendError(f"no backend {choice!r}.{near} There are:\n{table()}")
@@ -176,7 +188,7 @@ def _import(path: str) -> type[Backend]:
     try:
         found = EntryPoint(path, path, GROUP).load()
     except Exception as error:  # a backend may raise anything at import; the others must still run
-        reason = f"{type(error).__name__}: {error}"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise BackendError(f"backend {path!r} cannot be imported ({reason}).") from error
     if not (isinstance(found, type) and issubclass(found, Backend)):
         raise BackendError(f"backend {path!r} is not a subclass of moge_hal.Backend.")
@@ -188,5 +200,5 @@ def _instance(kind: type[Backend], index: int | None = None) -> Backend:
         return kind(index)
     except Exception as error:
         path = f"{kind.__module__}:{kind.__qualname__}"
-        reason = f"{type(error).__name__}: {error}"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise BackendError(f"backend {path!r} cannot be created ({reason}).") from error

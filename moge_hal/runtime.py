@@ -45,7 +45,7 @@ class Model:
         """Logits of whole rows: input_ids [B, S] -> [B, S, V], float32 (float64 in float64)."""
         try:
             ids = torch.as_tensor(input_ids)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"input_ids must be rows of ids of one length: {error}") from None
         if ids.dim() != 2:
             raise UserError(f"input_ids must have shape [B, S], not {list(ids.shape)}")

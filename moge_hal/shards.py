@@ -77,7 +77,7 @@ def reading(file: Path) -> Iterator[None]:
         raise UserError(f"{file} is missing: restore it") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror or error}): mend that") from error
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, RecursionError, SafetensorError) as error:
         raise UserError(f"{file} is damaged or cut short ({error}): restore it") from error
 
 

@@ -46,6 +46,8 @@ class JsonEngine:
 
     def __init__(self, data: bytes, special: Container[str]) -> None:
         fields = json.loads(data)
+        if not isinstance(fields, dict):
+            raise ValueError("it holds no JSON object")
         for token in fields["added_tokens"]:
             token["special"] |= _is_special(token["content"], special)
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(fields))
@@ -205,8 +207,9 @@ class Tokenizer:
                 f"{folder} holds no tokenizer.json or tokenizer.model; copy one beside the weights"
             ) from error
         except Exception as error:  # both libraries raise bare Exception or RuntimeError
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise UserError(
-                f"{path} cannot be read as a tokenizer ({error}); fetch it again"
+                f"{path} cannot be read as a tokenizer ({reason}); fetch it again"
             ) from error
         stated = [_read_json(folder / f"{name}.json") for name in ("generation_config", "config")]
         tokenizer.bos_id = _special_id("bos", stated, config, tokenizer)
@@ -271,7 +274,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); fetch it again") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(found).__name__}")

@@ -219,11 +219,12 @@ def test_train_refuses_the_folder_of_another_run(trained: tuple[Path, Path, Resu
         (["--steps", 0], ["steps = 0 must be at least 1"]),
         (["--rows", 0], ["rows = 0 must be at least 1"]),
         (["--length", 1025], ["length = 1025 must not exceed the context"]),
-        (["--rate", 0], ["peak = 0.0 must be above 0"]),
+        (["--rate", -1], ["--rate = -1.0 must be a number above 0"]),
         (["--warmup", 4], ["warmup = 4 must be below the number of steps"]),
-        (["--aux", -1], ["router_aux_loss_coef = -1.0 must not be negative"]),
+        (["--aux", -1], ["--aux = -1.0 must be a number of at least 0"]),
         (["--seed", -1], ["seed = -1 must be from 0"]),
-        (["--threads", 0], ["threads = 0 must be at least 1"]),
+        (["--threads", 0], ["--threads = 0 must be at least 1"]),
+        (["--threads", 1025], ["--threads = 1025 must be at least 1 and at most 1024"]),
         (["--validate-every", 0], ["validate_every = 0 must be at least 1"]),
         (["--backend", "onnx"], ["onnx"]),
     ],
@@ -262,7 +263,14 @@ def test_export_refuses_a_folder_that_it_cannot_use(model: Path, tmp_path: Path)
     refused(run("export", tmp_path / "thesis.txt", "--model", model), "is a file")
     refused(run("export", tmp_path / "thesis.txt" / "x", "--model", model), "cannot be written")
     refused(run("export", tmp_path / "out", "--model", tmp_path / "none"), "does not exist")
+    refused(run("export", "/", "--model", model), "/ is not empty: give a new folder")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_export_needs_weights(broken: Path, tmp_path: Path) -> None:
+    (broken / "model.safetensors").unlink()
+    result = run("export", tmp_path / "out", "--model", broken)
+    refused(result, "holds neither model.safetensors nor model.safetensors.index.json")
 
 
 def test_balance_refuses_what_it_cannot_use(model: Path, corpus: Path, tmp_path: Path) -> None:
@@ -271,6 +279,8 @@ def test_balance_refuses_what_it_cannot_use(model: Path, corpus: Path, tmp_path:
     refused(result, " tokens; balance needs at least 64")
     result = run("balance", "--model", model, "--text", tmp_path / "none.txt")
     refused(result, "there is no corpus at")
+    other = run("balance", "--model", model, "--text", corpus, "--picture", tmp_path / "a.xyz")
+    refused(other, "a.xyz must be named .png")
     below = tmp_path / "short.txt" / "b.png"
     result = run("balance", "--model", model, "--text", corpus, "--picture", below)
     assert result.code == 2 and result.err.count("\n") == 1

@@ -235,3 +235,9 @@ def test_gradients_are_the_specifications(weights: dict[str, Tensor]) -> None:
         assert expected is not None, name
         assert expected.abs().max() > 0, name
         assert (grad - expected).abs().max() <= 1e-11 * expected.abs().max(), name
+
+
+def test_one_thread_is_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, words in ((1, "CPU, 1 thread, "), (2, "CPU, 2 threads, ")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)
+        assert CpuBackend().probe().device.startswith(words)

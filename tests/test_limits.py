@@ -9,7 +9,7 @@ import torch
 from moge_hal import ops
 from moge_hal.backend import Backend
 from moge_hal.conformance.cases import parse
-from moge_hal.conformance.inputs import draw, integers, normal, order, uniform, words
+from moge_hal.conformance.inputs import draw, integers, normal, order, signs, uniform, words
 from moge_hal.conformance.judge import allowances, check
 from moge_hal.conformance.limits import limit, worst_row
 from moge_hal.conformance.oracle import Permuted, exact, run, weights_for
@@ -46,6 +46,7 @@ def test_inputs_are_the_same_bits_everywhere() -> None:
     assert words("x", 2).tolist() == [2822011116081727270, 8353962375907353375]
     assert normal("x", 2).tolist() == [-0.43182373046875, -1.2615966796875]
     assert uniform("x", 1).tolist() == [0.15298157930374146]
+    assert signs("x", 4).tolist() == [-1.0, 1.0, -1.0, 1.0]
     assert integers("x", 4, low=-2, high=3).tolist() == [-2, -2, 0, 2]
     assert order("x", 5).tolist() == [4, 0, 1, 3, 2]
     x = draw(parse("linear/f32/T1-I4-O2/scale0.01/value"))["x"]
@@ -179,6 +180,19 @@ def test_shape_and_dtype_of_an_output_are_judged() -> None:
             check(case, (wrong,))
     with pytest.raises(Failure, match="2 outputs instead of 1"):
         check(case, right * 2)
+
+
+def test_a_softmax_router_may_lose_what_its_logits_lose() -> None:
+    loud, usual, sigmoid = (
+        allowances(parse(f"route/f32/T17-{shape}/{scale}/route.valid"))[1].limit
+        for shape, scale in [
+            ("E15-G3-K6", "scale30"),
+            ("E15-G3-K6", "scale1"),
+            ("E20-G4-K6-limit2", "scale30"),
+        ]
+    )
+    assert 60 * 2**-23 < loud < 140 * 2**-23
+    assert max(usual, sigmoid) < 20 * 2**-23
 
 
 def test_low_precision_gets_its_own_limit() -> None:

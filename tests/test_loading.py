@@ -229,6 +229,38 @@ def test_tokenizer_of_another_model(saved: Path, tokenizer: Tokenizer) -> None:
     sentence(saved, f"up to {tokenizer.vocab_size - 1},", "vocab_size of 259")
 
 
+def test_no_token_beyond_the_tokenizer_is_drawn(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """The rows of padded embeddings are never trained; here they would win every draw."""
+    config = preset("tiny", vocab_size=tokenizer.vocab_size + 9)
+    weights = initial_weights(config, 0)
+    head = weights["lm_head.weight"]
+    head[-9:] = 9 * head[:9]  # one of each pair or the other is larger, most often the padding's
+    model = bind(config, weights, Backend())
+    model.tokenizer = tokenizer
+    save(model, tmp_path / "model")
+    loaded = load(tmp_path / "model", PLAIN)
+    logits = loaded([tokenizer.encode("the times")])[0, -1]
+    assert int(logits.argmax()) >= tokenizer.vocab_size
+    for temperature in (0.0, 5.0):
+        done = loaded.generate("the times", max_new_tokens=20, temperature=temperature)
+        assert max(done.ids) < tokenizer.vocab_size
+
+
+def test_arguments_of_no_use_from_python(saved: Path, tokenizer: Tokenizer) -> None:
+    model = load(saved, PLAIN)
+    model.tokenizer = tokenizer
+    calls: list[tuple[Callable[[Any], object], object, str]] = [
+        (load, 3, "path = 3 must be"),
+        (lambda value: load(saved, value), 3, "backend = 3 must be a name"),
+        (model, None, "input_ids must be rows of ids"),
+        (model.generate, 3, "prompt = 3 must be text"),
+        (lambda value: model.generate("the", stop=value), 3, "stop = 3 must be text"),
+    ]
+    for call, value, words in calls:
+        with pytest.raises(UserError, match=words):
+            call(value)
+
+
 class Opening(Backend):
     """Runs a folder as it lies; here, a model with other weights, so that the test can tell."""
 
@@ -251,6 +283,21 @@ def test_a_backend_that_opens_the_folder(saved: Path, monkeypatch: pytest.Monkey
     opened = load(saved, Opening())
     with pytest.raises(UserError, match="'opening' opened this model without weights"):
         save(opened, saved / "copy")
+
+
+class Graph(Opening):
+    graph = True
+
+    def open(self, folder: Any, config: Config) -> Any:
+        raise AssertionError("opened, which may export for long, before it was refused")
+
+
+def test_a_graph_backend_is_not_opened_to_refuse_overrides(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOGE_HAL_OPS", "experts=default")
+    with pytest.raises(UserError, match="MOGE_HAL_OPS: backend 'opening' runs a graph"):
+        load(saved, Graph())
 
 
 def test_environment_applies(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ REJECTED: list[tuple[type[Backend], str]] = [
     (routing.ScaleForgotten, f"{MODEL}/one-pass"),
     (routing.ScaleSignLost, f"{ROUTE}/route.valid"),
     (routing.ScaleSignLost, f"{MODEL}/one-pass"),
+    (routing.MaximumForgotten, "route/f32/T64-E24-G4-K4/scale30/route.valid"),
     (routing.TiesToTheHighest, f"{ROUTE}/route.ties"),
     (routing.BestOfTheBatch, f"{ROUTE}/rows"),
     (routing.NaNOutOfRange, f"{ROUTE}/nan"),
@@ -41,6 +42,7 @@ REJECTED: list[tuple[type[Backend], str]] = [
     (routing.LowPrecisionRouter, f"{MODEL}/one-pass"),
     (experts.CapacityDrops, "experts/f32/T64-D40-F24-E15-G3-K6-crowded/scale1/value"),
     (experts.LastTokenFaint, f"{EXPERTS}/value"),
+    (experts.NegativeSkipped, f"{EXPERTS}/value"),
     (experts.FirstIgnored, f"{EXPERTS}/expert-parallel"),
     (experts.ClampedIds, f"{EXPERTS}/expert-parallel"),
     (experts.DenseTimesZero, "experts/f32/T7-D40-F24-E64-G8-K8/scale1/unselected"),
@@ -60,6 +62,7 @@ REJECTED: list[tuple[type[Backend], str]] = [
     (attention.CausalTopLeft, "attention/f32/B2-S64-H6-Hkv2-d8/scale1/chunks"),
     (attention.CausalTopLeft, f"{MODEL}/chunks"),
     (attention.Window, f"{MODEL}/long"),
+    (attention.ContextEndsEarly, "model/f32/shipped/trained/long"),
     (attention.UnwrittenSeen, f"{CACHED}/unwritten"),
     (attention.UnwrittenSeen, f"{MODEL}/unwritten"),
     (attention.PaddingInSlotZero, "attention/f32/B4-S17-H6-Hkv2-d8/scale1/ragged"),
@@ -96,6 +99,8 @@ def test_what_the_attention_mutants_are_made_of_is_right() -> None:
     judge(Subject(attention.StaleCache()), parse(f"{MODEL}/decode"))
     judge(Subject(attention.Window()), parse(f"{MODEL}/chunks"))
     judge(Subject(attention.FiniteMask()), parse(f"{ATTENTION}/value"))
+    judge(Subject(attention.Spelled()), parse(f"{ATTENTION}/masked"))
+    judge(Subject(attention.OneBuffer()), parse(f"{MODEL}/decode"))
     judge(Subject(attention.BlockOfEight()), parse(f"{MODEL}/ragged"))
     judge(Subject(layers.FirstInsteadOfLast()), parse(f"{MODEL}/decode"))
 

@@ -48,6 +48,15 @@ class ProbeRaises(Backend):
     def probe(self):
         raise RuntimeError("the driver is too old")
 
+class SaysMuch(Backend):
+    name = "talker"
+    def probe(self):
+        return Probe(False, "the driver says:\\n  too\\n  old.", "renew it.")
+
+class RaisesMuch(Backend):
+    def probe(self):
+        raise RuntimeError("the driver says:\\n  too\\n  old")
+
 class ProbeIsNone(Backend):
     def probe(self):
         pass
@@ -303,3 +312,23 @@ def test_an_instance_is_new_every_time() -> None:
     first, second = get_backend("cpu"), get_backend("cpu")
     assert first is not second
     assert isinstance(first, Backend)
+
+
+@pytest.mark.parametrize("name", [":X", "chips:Good:1", "chips:", "no such:Good"])
+def test_what_names_no_class_gets_a_sentence(name: str) -> None:
+    text = refusal(name)
+    assert text.startswith((f"backend {name!r}: a class is named as", f"no backend {name!r}."))
+    assert "NoneType" not in text
+
+
+@pytest.mark.parametrize("name", ["auto,cpu", "cpu, auto"])
+def test_auto_stands_alone(name: str) -> None:
+    assert refusal(name) == f"backend {name!r}: auto stands alone, other names may be listed"
+
+
+@pytest.mark.parametrize("name", ["SaysMuch", "RaisesMuch"])
+def test_what_a_driver_says_becomes_one_line(name: str, install: Install) -> None:
+    install("talkers", f"talker = chips:{name}")
+    assert "the driver says: too old. Fix: " in refusal("talker").splitlines()[0]
+    (row,) = (line for line in table().splitlines() if line.startswith("  talker"))
+    assert "the driver says: too old. Fix: " in row

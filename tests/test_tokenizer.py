@@ -251,6 +251,9 @@ def test_tokenizer_json_with_sentencepiece_pieces(tmp_path: Path) -> None:
     [
         ("tokenizer.json", b"", "tokenizer.json cannot be read"),
         ("tokenizer.json", b'{"version": "1.0"}', "tokenizer.json cannot be read"),
+        ("tokenizer.json", b"{}", r"\(it lacks 'added_tokens'\)"),
+        ("tokenizer.json", b"[]", r"\(it holds no JSON object\)"),
+        ("tokenizer_config.json", b"[" * 100_000, "tokenizer_config.json is not JSON"),
         ("tokenizer.model", b"", "tokenizer.model cannot be read"),
         ("tokenizer.model", b"version https://git-lfs", "tokenizer.model cannot be read"),
         ("tokenizer_config.json", b"{", "tokenizer_config.json is not JSON"),

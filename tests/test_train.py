@@ -23,7 +23,7 @@ from moge_hal.errors import UserError
 from moge_hal.training.data import Packed
 from moge_hal.training.init import initial_weights
 from moge_hal.training.log import read_log
-from moge_hal.training.train import Recipe, Validation, _optimizer, _step, validate
+from moge_hal.training.train import Recipe, Validation, _optimizer, _step, train, validate
 
 
 @pytest.fixture(scope="module")
@@ -321,3 +321,14 @@ def test_the_loss_is_that_of_the_next_token() -> None:
         logits = model(windows, torch.arange(8).expand(3, 8), None).logits
     wanted = F.cross_entropy(logits.double().flatten(0, 1), ids[1:]).item()
     assert validate(model, text, recipe, 1).loss == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_made(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, num_hidden_layers=1)
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1}
+    monkeypatch.setattr("os.sysconf", pages.__getitem__)
+    with pytest.raises(UserError, match=r"parameters takes .* GiB, but this machine has 0\.0 GiB"):
+        train(tmp_path / "run", config, RECIPE, CpuBackend(), corpus)
+    assert not (tmp_path / "run").exists()

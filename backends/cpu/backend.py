@@ -31,7 +31,8 @@ class CpuBackend(Backend):
         if not found.ok:
             return found
         level = torch.backends.cpu.get_cpu_capability()
-        return Probe(True, device=f"CPU, {torch.get_num_threads()} threads, {level}")
+        threads = torch.get_num_threads()
+        return Probe(True, device=f"CPU, {threads} thread{'s' if threads > 1 else ''}, {level}")
 
     def why_not(self, facts: Facts) -> str | None:
         if facts.op in PACKED:

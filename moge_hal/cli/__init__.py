@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 # What needs torch is imported by the command that needs it, so that --help is there at once.
-from moge_hal.errors import UserError
+from moge_hal.errors import UserError, refuse
 
 app = typer.Typer(
     name="moge-hal",
@@ -198,8 +198,12 @@ def train(
     from moge_hal.training.train import Recipe, Validation
     from moge_hal.training.train import train as run
 
-    if threads < 1:
-        raise UserError(f"threads = {threads} must be at least 1")
+    if not 1 <= threads <= 1024:
+        refuse("--threads", threads, "must be at least 1 and at most 1024")
+    if not 0 < rate < float("inf"):
+        refuse("--rate", rate, "must be a number above 0")
+    if aux is not None and not 0 <= aux < float("inf"):
+        refuse("--aux", aux, "must be a number of at least 0")
     torch.set_num_threads(threads)
     config = named(preset) if aux is None else named(preset, router_aux_loss_coef=aux)
     recipe = Recipe(
@@ -254,6 +258,8 @@ def show_balance(
     from moge_hal.loading import load, shipped_model
     from moge_hal.training.data import read_corpus, split
 
+    if picture is not None and picture.suffix.lower() != ".png":
+        raise UserError(f"the picture {picture} must be named .png, the only format")
     loaded = load(model, backend)
     if loaded.tokenizer is None:
         raise UserError(f"{model} has no tokenizer; balance needs one to read text")

@@ -147,7 +147,8 @@ def _attend(
 
 
 def masked(subject: Subject, case: Case) -> Verdict:
-    """A key that a token must not see may have any score, be it 100,000 times the others'.
+    """A key that a token must not see may have any score, be it 100,000 times the others'. With a
+    cache and without.
 
     Guards against: a mask that is a finite number added to the scores, which a large enough score
     outweighs: the token then sees the future, or padding.
@@ -160,7 +161,7 @@ def masked(subject: Subject, case: Case) -> Verdict:
     keys[:, -1] *= 1e5  # the future of all but the last token
     keys[-1, :2] *= 1e5  # padding
     args["k"], args["positions"] = keys, positions
-    got = subject.run(case, args)[0].cpu()
+    plain, cached = subject.run(case, args)[0].cpu(), _attend(subject, case, args, [length])
     real = positions >= 0
     real[:, -1] = False
     verdicts = []
@@ -168,9 +169,10 @@ def masked(subject: Subject, case: Case) -> Verdict:
         alone = {
             n: v[row : row + 1, real[row]] if isinstance(v, Tensor) else v for n, v in args.items()
         }
-        part = (got[row : row + 1, real[row]],)
-        what = f"row {row} beside a huge key that it must not see"
-        verdicts.append(check(case, part, alone, allowances(case), what))
+        for how, got in (("without", plain), ("with", cached)):
+            part = (got[row : row + 1, real[row]],)
+            what = f"row {row} {how} a cache, beside a huge key that it must not see"
+            verdicts.append(check(case, part, alone, allowances(case), what))
     return worst(verdicts)
 
 

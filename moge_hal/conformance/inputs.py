@@ -180,12 +180,14 @@ def _experts(case: Case) -> Args:
     ids = lots[..., : s["K"] // groups] + torch.arange(0, s["E"], each)[:, None]
     if "crowded" in case.words:
         ids = ids[:1].expand_as(ids)
+    weights = uniform(f"{case.key}/weights", tokens, s["K"])
+    weights *= signs(f"{case.key}/sign", tokens, s["K"])  # router_scale may make them negative
     return {
         "x": _float(case, "x", tokens, s["D"], scale=case.scale),
         "gate_up": _float(case, "gate_up", s["E"], 2 * s["F"], s["D"], scale=fan(s["D"])),
         "down": _float(case, "down", s["E"], s["D"], s["F"], scale=fan(s["F"])),
         "ids": ids.reshape(tokens, s["K"]).int(),
-        "weights": uniform(f"{case.key}/weights", tokens, s["K"]).float(),
+        "weights": weights.float(),
         "first": 0,
     }
 

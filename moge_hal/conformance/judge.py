@@ -72,11 +72,8 @@ def _allowance(
 
 
 def _exponent(case: Case, args: Args) -> float:
-    """What a softmax may lose in its exponent. exp(x - log(sum(exp))) is as right as exp(x - max) /
-    sum, but rounds numbers of the size of the logits, and exp makes of their absolute error its
-    relative one: two roundings of half a float32 step of the largest logit.
-    """
-    if case.op != "route" or not args["logits"].numel():
+    """What a softmax router may lose in its exponent, for the limit (see limits.py)."""
+    if case.op != "route" or args["spec"].score != "softmax" or not args["logits"].numel():
         return 0.0
     return float(args["logits"].abs().max()) * 2.0**-23
 

@@ -29,18 +29,19 @@ def list_cases(filters: Sequence[str] = ()) -> list[str]:
 
 def run(
     backends: str | Sequence[str] | None = None,
-    filters: Sequence[str] = (),
+    filters: str | Sequence[str] = (),
     *,
     echo: bool = True,
 ) -> Result:
     """Judges backends.
 
     backends: names as for `get_backend`, `package.module:Class` included, in a list or with commas
-    between them; None = the one that MOGE_HAL_BACKEND names. filters: globs on ids; a case runs if
-    one of them matches it. echo: print progress and the report. Raises `UserError` for a backend
-    that does not exist or cannot run here, and for a filter that matches no case.
+    between them; None = the one that MOGE_HAL_BACKEND names. filters: a glob on ids, or
+    several; a case runs if one of them matches it. echo: print progress and the report. Raises
+    `UserError` for a backend that does not exist, cannot run here or cannot be bound, and for a
+    filter that matches no case.
     """
-    cases = select(filters)
+    cases = select([filters] if isinstance(filters, str) else filters)
     if isinstance(backends, str):
         backends = [name.strip() for name in backends.split(",") if name.strip()]
     subjects = (

@@ -10,6 +10,7 @@ OUT gets state.safetensors (see `train_state.py`), log.jsonl (one line a validat
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -139,6 +140,7 @@ def train(
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
     )
+    _check_memory(config, backend)
     tokens, held_out_tokens = pack(documents, tokenizer), pack(held_out, tokenizer)
     identity = {
         "config": asdict(config),
@@ -286,6 +288,22 @@ def _optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.opti
         {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=recipe.peak, betas=(0.9, 0.95), fused=True)
+
+
+def _check_memory(config: Config, backend: Backend) -> None:
+    """Refuses what the machine would kill: parameters, gradients and AdamW's two means take 16
+    bytes a parameter, of which the host of another device holds the first 4.
+    """
+    if not hasattr(os, "sysconf"):  # on Windows nothing is known
+        return
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    count = config.count_parameters()[0]
+    needed = count * (16 if backend.device().type == "cpu" else 4)
+    if needed > memory:
+        raise UserError(
+            f"to train {count:,} parameters takes {needed / 2**30:,.1f} GiB, but this machine has "
+            f"{memory / 2**30:,.1f} GiB of memory: take smaller sizes or another machine"
+        )
 
 
 def _check_folder(out: Path) -> None:

@@ -106,6 +106,16 @@ class Window(Spelled):
         return super().visible(held, positions, cached) & (held > positions - 512)
 
 
+class ContextEndsEarly(Spelled):
+    """Of a cache, the first 1,000 slots are seen: right for 97 % of the shipped model's context."""
+
+    name = "context-ends-early"
+
+    def visible(self, held: Tensor, positions: Tensor, cached: bool) -> Tensor:
+        seen = super().visible(held, positions, cached)
+        return seen & (held < 1000) if cached else seen
+
+
 class UnwrittenSeen(Spelled):
     """Only the scores are masked: 0 * NaN of a slot that nobody wrote."""
 

@@ -35,6 +35,17 @@ class LastTokenFaint(Backend):
         return ops.experts(x, gate_up, down, ids, torch.where(last, weights * 0.97, weights), first)
 
 
+class NegativeSkipped(Backend):
+    """A weight below zero is taken for none."""
+
+    name = "negative-skipped"
+
+    def experts(
+        self, x: Tensor, gate_up: Any, down: Any, ids: Tensor, weights: Tensor, first: int = 0
+    ) -> Tensor:
+        return ops.experts(x, gate_up, down, ids, weights.clamp(min=0), first)
+
+
 class FirstIgnored(Backend):
     """Every rank takes its local experts for those from 0 on."""
 

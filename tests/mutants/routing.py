@@ -85,7 +85,7 @@ class ScaleBeforeSelection(Backend):
         if scale is None:
             return ops.route(logits, spec, scale, bias)
         scores = logits.softmax(-1)
-        ids, _ = ops.route((scores * scale).log(), spec)
+        ids, _ = ops.route(scores * scale, spec)
         return ids, scores.gather(1, ids.long()) * scale[ids]
 
 
@@ -98,6 +98,20 @@ class ScaleForgotten(Backend):
         self, logits: Tensor, spec: RouteSpec, scale: Any = None, bias: Any = None
     ) -> tuple[Tensor, Tensor]:
         return ops.route(logits, spec, None, bias)
+
+
+class MaximumForgotten(Backend):
+    """A softmax of exp(logit), which overflows at 89."""
+
+    name = "maximum-forgotten"
+
+    def route(
+        self, logits: Tensor, spec: RouteSpec, scale: Any = None, bias: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        ids, _ = ops.route(logits, spec)
+        powers = logits.exp()
+        weights = (powers / powers.sum(-1, keepdim=True)).gather(1, ids.long())
+        return ids, weights if scale is None else weights * scale[ids]
 
 
 class TiesToTheHighest(Backend):

@@ -1,5 +1,6 @@
 """Other ways to compute the experts, and to choose them."""
 
+import math
 from typing import Any
 
 import torch
@@ -87,4 +88,19 @@ class LogSumExp(Backend):
         ids, _ = ops.route(logits, spec)
         chosen = ids.long()
         weights = (logits.gather(1, chosen) - logits.logsumexp(-1, keepdim=True)).exp()
+        return ids, weights if scale is None else weights * scale[chosen]
+
+
+class PowersOfTwo(Backend):
+    """A softmax in powers of two, as chips without another exponential compute it."""
+
+    name = "powers-of-two"
+
+    def route(
+        self, logits: Tensor, spec: RouteSpec, scale: Any = None, bias: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        ids, _ = ops.route(logits, spec)
+        chosen, powers = ids.long(), logits * math.log2(math.e)
+        powers = (powers - powers.amax(-1, keepdim=True)).exp2()
+        weights = powers.gather(1, chosen) / powers.sum(-1, keepdim=True)
         return ids, weights if scale is None else weights * scale[chosen]
