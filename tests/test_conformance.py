@@ -325,6 +325,7 @@ def test_scenes_are_what_they_say() -> None:
 def test_names_may_stand_in_one_text() -> None:
     result = run(f"{NULL}, cpu", [f"{LINEAR}/scale1/value"], echo=False)
     assert result.backends == (NULL, "cpu") and result.exit_code == 0
+    assert list_cases("linear/*") == list_cases(["linear/*"])
 
 
 def test_a_long_list_of_failures_is_cut() -> None:

@@ -22,7 +22,7 @@ from moge_hal.registry import get_backend
 _SUITE = Path(__file__).with_name("suite.py")
 
 
-def list_cases(filters: Sequence[str] = ()) -> list[str]:
+def list_cases(filters: str | Sequence[str] = ()) -> list[str]:
     """The ids that the filters select, all without filters. Raises `UserError` as `run` does."""
     return [case.id for case in select(filters)]
 
@@ -41,7 +41,7 @@ def run(
     `UserError` for a backend that does not exist, cannot run here or cannot be bound, and for a
     filter that matches no case.
     """
-    cases = select([filters] if isinstance(filters, str) else filters)
+    cases = select(filters)
     if isinstance(backends, str):
         backends = [name.strip() for name in backends.split(",") if name.strip()]
     subjects = (
@@ -69,11 +69,12 @@ def run(
     return plugin.result()
 
 
-def select(filters: Sequence[str]) -> list[Case]:
+def select(filters: str | Sequence[str]) -> list[Case]:
     """The cases whose id a glob matches; a whole id may also be one that is not in the list."""
     cases = list(every_case())
     if not filters:
         return cases
+    filters = [filters] if isinstance(filters, str) else filters
     chosen: dict[str, Case] = {}
     for pattern in filters:
         found = [case for case in cases if fnmatchcase(case.id, pattern)]
