@@ -19,7 +19,14 @@ from moge_hal.router import RouteSpec
 
 ARCHITECTURE = "PanguProMoEForCausalLM"
 MODEL_TYPE = "PanguProMoE"
-LARGEST = {"max_position_embeddings": 2**24}  # rotary tables grow with it; others: 2**31 - 1
+LARGE = 2**19  # the most that a size may be: no tensor's bytes overflow 64 bits
+LARGEST = {  # except these
+    "vocab_size": 2**31 - 1,
+    "max_position_embeddings": 2**24,  # rotary tables grow with it, and with the next
+    "head_dim": 2**10,
+    "num_hidden_layers": 2**12,  # every layer is a module, every expert of it a name in the files
+    "num_experts": 2**14,
+}
 LETTERS = {  # as docstrings write the sizes; Fs is F of the shared expert
     "V": "vocab_size",
     "D": "hidden_size",
@@ -65,7 +72,7 @@ class Config:
             value = getattr(self, field.name)
             if field.type is int:
                 require_whole(field.name, value)
-                most = LARGEST.get(field.name, 2**31 - 1)
+                most = LARGEST.get(field.name, LARGE)
                 if value > most:
                     refuse(field.name, value, f"must be at most {most}")
             elif field.type is float and not is_number(value):
@@ -73,8 +80,12 @@ class Config:
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
             if not 0 < getattr(self, name) <= sys.float_info.max:
                 refuse(name, getattr(self, name), "must be finite and above 0")
-        if not self.router_aux_loss_coef >= 0:
-            refuse("router_aux_loss_coef", self.router_aux_loss_coef, "must not be negative")
+        if not 0 <= self.router_aux_loss_coef <= sys.float_info.max:
+            rule = "must be finite and not negative"
+            refuse("router_aux_loss_coef", self.router_aux_loss_coef, rule)
+        for field in fields(self):
+            if field.type is float:  # JSON may spell it as a whole number, too large for torch
+                object.__setattr__(self, field.name, float(getattr(self, field.name)))
         for whole, part in (
             ("num_attention_heads", "num_key_value_heads"),
             ("num_experts", "num_groups"),

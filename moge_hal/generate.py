@@ -160,7 +160,10 @@ def tokens(
     """
     require_whole("max_new_tokens", max_new_tokens)
     require_whole("chunk", chunk)
-    prompts = [[index(token_id) for token_id in prompt] for prompt in prompts]
+    try:
+        prompts = [[index(token_id) for token_id in prompt] for prompt in prompts]
+    except TypeError as error:
+        raise UserError(f"prompts must be a list of lists of ids: {error}") from None
     _check_prompts(model, prompts)
     numbers = range(len(prompts)) if rows is None else rows
     if len(numbers) != len(prompts) or min(numbers) < 0:

@@ -96,7 +96,7 @@ def get_backend(name: str | None = None) -> Backend:
     `ascend,cuda` = the first of these that can run. `package.module:Class` = a class that is not
     installed. Raises `BackendError` with the reason and the fix for every backend.
     """
-    wanted, known = name or settings().backend, _entry_points()
+    wanted, known = settings().backend if name is None else name, _entry_points()
     if not isinstance(wanted, str):
         refuse("backend", wanted, "must be a name, or, for `load`, a Backend")
     if wanted == "auto":

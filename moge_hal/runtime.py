@@ -11,7 +11,7 @@ from torch import Tensor
 from moge_hal.backend import Backend, Step, StepOut
 from moge_hal.cache import require_room
 from moge_hal.config import Config
-from moge_hal.errors import UserError
+from moge_hal.errors import UserError, require_whole
 
 if TYPE_CHECKING:
     from moge_hal.bind import Choice
@@ -47,8 +47,10 @@ class Model:
             ids = torch.as_tensor(input_ids)
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"input_ids must be rows of ids of one length: {error}") from None
-        if ids.dim() != 2:
-            raise UserError(f"input_ids must have shape [B, S], not {list(ids.shape)}")
+        if ids.dim() != 2 or not ids.numel():
+            raise UserError(
+                f"input_ids must have shape [B, S], not {list(ids.shape)}, and no size 0"
+            )
         positions = torch.arange(ids.shape[1]).expand(ids.shape)
         return self.step(ids, positions, None).logits
 
@@ -65,7 +67,7 @@ class Model:
                 f"ids and positions must both have shape [B, S], "
                 f"not {list(ids.shape)} and {list(positions.shape)}"
             )
-        if ids.is_floating_point() or positions.is_floating_point():
+        if any(t.is_floating_point() or t.is_complex() for t in (ids, positions)):
             raise UserError("ids and positions must be whole numbers")
         if ids.numel():
             vocab = self.config.vocab_size
@@ -93,8 +95,8 @@ class Model:
     def new_cache(self, batch: int, capacity: int | None = None) -> Any:
         """An empty cache for `batch` rows of `capacity` positions (None = the whole context)."""
         positions = self.config.max_position_embeddings if capacity is None else capacity
-        if batch < 1 or positions < 1:
-            raise UserError(f"a cache of {batch} rows and {positions} positions: give at least 1")
+        require_whole("batch", batch)
+        require_whole("capacity", positions)
         return self.backend.new_cache(self.config, batch, positions, self.dtype)
 
     def generate(self, prompt: str | Sequence[str], **options: Any) -> Any:

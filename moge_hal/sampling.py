@@ -5,6 +5,7 @@ the cumulative distribution in float64; its uniform number depends on (seed, row
 token) and on nothing else: not on the order of draws, the size of the batch or the platform.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (is_number(self.temperature) and 0 <= self.temperature < float("inf")):
+        if not (is_number(self.temperature) and 0 <= self.temperature <= sys.float_info.max):
             refuse("temperature", self.temperature, "must be a number of at least 0 (0 = greedy)")
         if self.top_k is not None:
             require_whole("top_k", self.top_k)

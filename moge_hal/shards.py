@@ -89,7 +89,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise UserError(f"{path} must hold an object with a weight_map: restore it")
     for name, file in weight_map.items():
         # A bare name: an index is no way to reach files outside its folder.
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or not file or Path(file).name != file:
             raise UserError(f"{path}: {name!r} must lie in a file of the same folder, not {file!r}")
     return weight_map
 

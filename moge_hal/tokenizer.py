@@ -211,7 +211,8 @@ class Tokenizer:
             raise UserError(
                 f"{path} cannot be read as a tokenizer ({reason}); fetch it again"
             ) from error
-        stated = [_read_json(folder / f"{name}.json") for name in ("generation_config", "config")]
+        files = [folder / "generation_config.json", folder / "config.json"]
+        stated = {path: _read_json(path) for path in files}
         tokenizer.bos_id = _special_id("bos", stated, config, tokenizer)
         tokenizer.eos_id = _special_id("eos", stated, config, tokenizer)
         return tokenizer
@@ -293,12 +294,19 @@ def _content(token: Any) -> str | None:
 
 
 def _special_id(
-    kind: str, stated: list[dict[str, Any]], config: dict[str, Any], tokenizer: Tokenizer
+    kind: str, stated: dict[Path, dict[str, Any]], config: dict[str, Any], tokenizer: Tokenizer
 ) -> int | None:
     """The id of "bos" or "eos"; of several eos ids the first."""
-    for fields in stated:
-        match fields.get(f"{kind}_token_id"):
-            case int(token_id) | [int(token_id), *_]:
-                return token_id
+    for path, fields in stated.items():
+        value = fields.get(f"{kind}_token_id")
+        token_id = next(iter(value), None) if isinstance(value, list) else value
+        if token_id is None:
+            continue
+        if type(token_id) is not int or not 0 <= token_id < tokenizer.vocab_size:
+            raise UserError(
+                f"{path}: {kind}_token_id = {value!r} must be an id below "
+                f"{tokenizer.vocab_size}, the size of the tokenizer's vocabulary"
+            )
+        return token_id
     name = _content(config.get(f"{kind}_token")) or {"bos": "<s>", "eos": "</s>"}[kind]
     return tokenizer.token_id(name)

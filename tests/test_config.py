@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from moge_hal.config import ARCHITECTURE, MODEL_TYPE, PRESETS, Config, preset
+from moge_hal.config import ARCHITECTURE, LARGE, LARGEST, MODEL_TYPE, PRESETS, Config, preset
 from moge_hal.errors import UserError
+from moge_hal.model import skeleton
 from moge_hal.router import RouteSpec
 
 TINY = preset("tiny")
@@ -110,13 +111,24 @@ def test_a_size_is_a_whole_number_of_at_least_1(name: str, value: object) -> Non
             {"max_position_embeddings": 2**24 + 1},
             "max_position_embeddings = 16777217 must be at most 16777216",
         ),
+        ({"hidden_size": 2**19 + 1}, "hidden_size = 524289 must be at most 524288"),
+        ({"num_hidden_layers": 4097}, "num_hidden_layers = 4097 must be at most 4096"),
+        ({"head_dim": 1026}, "head_dim = 1026 must be at most 1024"),
+        ({"num_experts": 16386}, "num_experts = 16386 must be at most 16384"),
         ({"rope_theta": 10**309}, f"rope_theta = {10**309} must be finite and above 0"),
         ({"rope_theta": "1e4"}, "rope_theta = '1e4' must be a number"),
         ({"rms_norm_eps": -1e-5}, "rms_norm_eps = -1e-05 must be finite and above 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan must be finite and above 0"),
         ({"initializer_range": 0.0}, "initializer_range = 0.0 must be finite and above 0"),
         ({"initializer_range": True}, "initializer_range = True must be a number"),
-        ({"router_aux_loss_coef": -1}, "router_aux_loss_coef = -1 must not be negative"),
+        (
+            {"router_aux_loss_coef": -1},
+            "router_aux_loss_coef = -1 must be finite and not negative",
+        ),
+        (
+            {"router_aux_loss_coef": float("inf")},
+            "router_aux_loss_coef = inf must be finite and not negative",
+        ),
         (
             {"num_attention_heads": 7},
             "num_attention_heads = 7 must be a multiple of num_key_value_heads = 2",
@@ -137,6 +149,23 @@ def test_a_rule_names_field_value_and_rule(changes: dict[str, Any], sentence: st
     with pytest.raises(UserError) as error:
         preset("tiny", **changes)
     assert str(error.value) == sentence
+
+
+def test_a_number_that_json_spells_as_a_whole_one_is_a_float() -> None:
+    """Also where it is none that torch could take as a whole one."""
+    config = preset("tiny", rope_theta=10**300, router_aux_loss_coef=0)
+    assert (config.rope_theta, config.router_aux_loss_coef) == (1e300, 0.0)
+    assert type(config.rope_theta) is type(config.router_aux_loss_coef) is float
+    skeleton(config)
+
+
+def test_the_largest_sizes_can_be_counted() -> None:
+    """64 bits hold the size of every tensor, so that a file that lacks them can be refused."""
+    largest = {f.name: LARGEST.get(f.name, LARGE) for f in fields(Config) if f.type is int}
+    largest |= {"num_groups": 2**14, "num_experts_per_tok": 2**14, "num_hidden_layers": 1}
+    largest |= {"max_position_embeddings": 640}  # the only one that takes memory here
+    total, _ = preset("tiny", **largest).count_parameters()
+    assert total > 3 * 2**52  # the experts alone
 
 
 def test_a_misspelt_preset_or_field_gets_close_matches() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from moge_hal import Backend, Config, Model, UserError, load, preset, save
 from moge_hal.bind import bind
 from moge_hal.checkpoint import Checkpoint
+from moge_hal.generate import tokens
 from moge_hal.tokenizer import Tokenizer
 from moge_hal.training.bpe import train_bpe
 from moge_hal.training.init import initial_weights
@@ -178,6 +179,8 @@ def test_wrong_index(sharded: Path) -> None:
     outside = f"../{first}"
     edit_index(sharded, lambda index: index["weight_map"].update({name: outside}))
     sentence(sharded, INDEX, repr(outside), "same folder")
+    edit_index(sharded, lambda index: index["weight_map"].update({name: ""}))
+    sentence(sharded, INDEX, "same folder, not ''")
     edit_index(sharded, lambda index: index.pop("weight_map"))
     sentence(sharded, INDEX, "weight_map")
     (sharded / INDEX).write_text("{")
@@ -252,7 +255,15 @@ def test_arguments_of_no_use_from_python(saved: Path, tokenizer: Tokenizer) -> N
     calls: list[tuple[Callable[[Any], object], object, str]] = [
         (load, 3, "path = 3 must be"),
         (lambda value: load(saved, value), 3, "backend = 3 must be a name"),
+        (lambda value: load(saved, value), 0, "backend = 0 must be a name"),
         (model, None, "input_ids must be rows of ids"),
+        (model, [[]], r"must have shape \[B, S\], not \[1, 0\], and no size 0"),
+        (model, torch.ones(1, 2, dtype=torch.complex64), "must be whole numbers"),
+        (model.new_cache, "2", "batch = '2' must be a whole number"),
+        (lambda value: model.new_cache(1, value), 2.5, "capacity = 2.5 must be a whole number"),
+        (lambda value: tokens(model, value), 3, "prompts must be a list of lists of ids"),
+        (lambda value: tokens(model, value), [3], "prompts must be a list of lists of ids"),
+        (lambda value: tokens(model, value), ["ab"], "prompts must be a list of lists of ids"),
         (model.generate, 3, "prompt = 3 must be text"),
         (lambda value: model.generate("the", stop=value), 3, "stop = 3 must be text"),
     ]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import unicodedata
@@ -235,9 +236,9 @@ def test_tokenizer_json_with_sentencepiece_pieces(tmp_path: Path) -> None:
     theirs = tokenizers.Tokenizer.from_str(json.dumps(fields))
     theirs.add_tokens(["[unused10]"])
     theirs.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [398, 0]}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [387, 0]}')
     tokenizer = Tokenizer.load(tmp_path)
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 398)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 387)
     for text in ["It is a truth", "that 你好 it", "it \x00"]:
         ids = tokenizer.encode(text, bos=False)
         assert tokenizer.decode(ids) == text == theirs.decode(ids)
@@ -266,6 +267,29 @@ def test_says_what_is_wrong_with_a_folder(
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=message):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("value", [400, [400, 4], -1, True, "</s>", 4.0])
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("kind", ["bos", "eos"])
+def test_refuses_an_id_that_no_text_can_have(
+    tmp_path: Path, kind: str, name: str, value: object
+) -> None:
+    tokenizer = byte_level()
+    tokenizer.save(tmp_path)
+    assert tokenizer.vocab_size <= 400
+    (tmp_path / name).write_text(json.dumps({f"{kind}_token_id": value}))
+    rule = f"must be an id below {tokenizer.vocab_size}, the size of the tokenizer's"
+    with pytest.raises(UserError, match=re.escape(f"{name}: {kind}_token_id = {value!r} {rule}")):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("value", [None, []])
+def test_an_id_that_is_not_stated_is_named_elsewhere(tmp_path: Path, value: object) -> None:
+    byte_level().save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
+    assert Tokenizer.load(tmp_path).eos_id == 7
 
 
 def test_refuses_a_decoder_it_does_not_know(tmp_path: Path) -> None:

@@ -195,17 +195,22 @@ def train(
     from moge_hal.config import preset as named
     from moge_hal.loading import shipped_model
     from moge_hal.registry import get_backend
+    from moge_hal.training.bpe import LEAST
     from moge_hal.training.train import Recipe, Validation
     from moge_hal.training.train import train as run
 
-    if not 1 <= threads <= 1024:
-        refuse("--threads", threads, "must be at least 1 and at most 1024")
+    most = 4 * (os.cpu_count() or 1)
+    if not 1 <= threads <= most:
+        refuse("--threads", threads, f"must be from 1 to {most}, four a processor of this machine")
     if not 0 < rate < float("inf"):
         refuse("--rate", rate, "must be a number above 0")
     if aux is not None and not 0 <= aux < float("inf"):
         refuse("--aux", aux, "must be a number of at least 0")
     torch.set_num_threads(threads)
     config = named(preset) if aux is None else named(preset, router_aux_loss_coef=aux)
+    if config.vocab_size < LEAST:
+        rule = f"has a vocabulary of {config.vocab_size}, but text needs at least {LEAST} tokens"
+        refuse("--preset", preset, f"{rule}: choose another preset, such as novels")
     recipe = Recipe(
         steps=steps,
         rows=rows,

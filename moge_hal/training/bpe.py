@@ -8,6 +8,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from moge_hal.errors import UserError
 from moge_hal.tokenizer import SPECIAL_TOKENS, JsonEngine, Tokenizer
 
+# The 256 bytes and the special tokens.
+LEAST = len(pre_tokenizers.ByteLevel.alphabet()) + len(SPECIAL_TOKENS)
+
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE tokenizer of at most `vocab_size` tokens, the same in every byte from run to
@@ -20,9 +23,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises UserError if vocab_size has no room for the 256 bytes and the special tokens.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    least = len(alphabet) + len(SPECIAL_TOKENS)
-    if vocab_size < least:
-        raise UserError(f"a vocabulary needs at least {least} tokens, not {vocab_size}")
+    if vocab_size < LEAST:
+        raise UserError(f"a vocabulary needs at least {LEAST} tokens, not {vocab_size}")
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(

@@ -72,7 +72,10 @@ class Recipe:
             "rows": (self.rows >= 1, "at least 1"),
             "length": (self.length >= 2, "at least 2"),
             "peak": (self.peak > 0, "above 0"),
-            "warmup": (0 <= self.warmup < max(self.steps, 1), "below the number of steps"),
+            "warmup": (
+                0 <= self.warmup < max(self.steps, 1),
+                f"from 0 to {self.steps - 1} (steps - 1)",
+            ),
             "final": (0 <= self.final <= 1, "between 0 and 1"),
             "decay": (self.decay >= 0, "not negative"),
             "clip": (self.clip > 0, "above 0"),
