@@ -48,10 +48,7 @@ def check_route(args: Args, ids: Tensor, weights: Tensor, limit: float, where: s
     check_structure(ids, spec, logits.shape[1], where)
     if ids.numel() == 0:
         return Verdict(0.0, limit)
-    rank = _scores(logits, spec) if bias is None else _scores(logits, spec) + bias
-    # Adding a bias rounds to the steps of the sum, coarser than those of a small score.
-    unit = rank.abs() if bias is None else rank.abs() + 1
-    _check_best(ids.long(), rank, unit * limit + _SMALLEST, spec, limit, where)
+    check_best(ids, _scores(logits, spec), bias, spec, limit, where)
     error = worst_row(weights, weights_for(ids, logits, spec, scale))
     if error > limit:
         raise Failure(f"{where}weights are not those of the chosen experts", error, limit)
@@ -64,10 +61,22 @@ def _scores(logits: Tensor, spec: RouteSpec) -> Tensor:
     return torch.zeros_like(logits).scatter(1, ids.long(), weights)
 
 
-def _check_best(
-    ids: Tensor, rank: Tensor, slack: Tensor, spec: RouteSpec, limit: float, where: str
+def check_best(
+    ids: Tensor,
+    scores: Tensor,
+    bias: Tensor | None,
+    spec: RouteSpec,
+    limit: float,
+    where: str = "",
 ) -> None:
-    """Each id at least the k-th best of those it competes with, within the slack; best first."""
+    """Each id at least the k-th best of those it competes with, within the slack; best first.
+
+    ids [T, K] that `check_structure` accepts; scores [T, E] and bias [E] are float64.
+    """
+    ids, rank = ids.long(), scores if bias is None else scores + bias
+    # Adding a bias rounds to the steps of the sum, coarser than those of a small score.
+    unit = rank.abs() if bias is None else rank.abs() + 1
+    slack = unit * limit + _SMALLEST
     tokens, experts = rank.shape
     grouped = rank.view(tokens, spec.groups, -1)
     if spec.limit_groups is None:
@@ -79,7 +88,7 @@ def _check_best(
         open_groups = open_groups.scatter(1, ids // (experts // spec.groups), True)
         if int(open_groups.sum(1).max()) > spec.limit_groups:
             raise Failure(f"{where}ids of more than {spec.limit_groups} groups")
-        pairs = grouped.topk(2, -1).values.sum(-1)
+        pairs = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
         least = pairs.topk(spec.limit_groups, -1).values[:, -1:]
         behind = (least - pairs - 2 * slack.amax(1, keepdim=True))[open_groups]
         if bool((behind > 0).any()):
