@@ -179,6 +179,7 @@ class Lowering(Backend):
     name = "lowering"
     graph = True
     dtypes = (torch.float32,)
+    claims = ("core",)  # a graph cannot train
 
     def embed(self, ids: Tensor, w: Tensor) -> Tensor:
         return _embed(ids, w)

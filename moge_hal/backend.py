@@ -32,6 +32,9 @@ class Probe:
     reason: str = ""
     fix: str = ""
     device: str = ""  # what it would run on, in words
+    # What the device is: "real", the chip itself; "simulated", another device that stands in for
+    # it; "emulated", the chip's own software on an emulated driver. Every report says it.
+    level: str = "real"
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,12 @@ class Backend:
         torch.float16,
         torch.float64,
     )
+
+    # Profiles of the conformance suite that it wants to be held to. core: right numbers in
+    # inference; train: gradients too; capture: a step reads nothing on the host and no shape hangs
+    # on data, so that it can be recorded once and replayed; bitwise: a row's bits do not depend on
+    # the rows beside it.
+    claims: tuple[str, ...] = ("core", "train")
 
     def __init__(self, index: int | None = None) -> None:
         """index: which device of the kind, as in `cuda:1`; None = the first."""

@@ -1,7 +1,8 @@
 """Who runs what: ties a model to a backend, operation by operation, and remembers why."""
 
 import copy
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -95,8 +96,11 @@ def bind_operations(
         choices.append(_choose(backend, facts, overrides, strict))
     bound = copy.copy(backend)
     # A subclass, so that composites, which call self, meet the default too.
-    defaults = {c.op: getattr(Backend, c.op) for c in choices if not c.own}
-    bound.__class__ = type(type(backend).__name__, (type(backend),), defaults)
+    kind = type(type(backend).__name__, (type(backend),), {})
+    for choice in choices:
+        default = getattr(Backend, choice.op)
+        setattr(kind, choice.op, _held_to_its_word(kind, choice.op) if choice.own else default)
+    bound.__class__ = kind
     return bound, choices
 
 
@@ -105,20 +109,46 @@ def _choose(backend: Backend, facts: Facts, overrides: Mapping[str, str], strict
         return Choice(facts.op, "default", "asked for by MOGE_HAL_OPS")
     if getattr(type(backend), facts.op) is getattr(Backend, facts.op):
         return Choice(facts.op, "default", f"{backend.name} does not override it")
+    # The contract forbids both faults, so the backend's author is to blame.
     try:
-        reason = backend.why_not(facts)
-    except Exception as error:  # the contract forbids it, so the backend's author is to blame
-        kind = type(backend)  # by its class: an unfinished one is called "default"
+        reason: object = backend.why_not(facts)
+    except Exception as error:
         fault = f"raised {type(error).__name__} in why_not({facts.op}): {error}"
-        raise UserError(f"backend {kind.__module__}:{kind.__qualname__} {fault}") from error
+        raise UserError(f"backend {_path(type(backend))} {fault}") from error
     if reason is None:
         return Choice(facts.op, backend.name, "the backend's own", own=True)
+    if not isinstance(reason, str) or not reason.strip():
+        fault = f"answers why_not({facts.op}) with {reason!r}"
+        rule = "None says that it can serve, a sentence says why it cannot"
+        raise UserError(f"backend {_path(type(backend))} {fault}; {rule}")
     if strict:
         raise UserError(
             f"MOGE_HAL_STRICT: {backend.name} cannot serve {facts.op} ({reason}); allow the "
             f"default with MOGE_HAL_OPS={facts.op}=default, or unset MOGE_HAL_STRICT"
         )
     return Choice(facts.op, "default", reason)
+
+
+def _held_to_its_word(kind: type[Backend], op: str) -> Callable[..., Any]:
+    """The backend's own method. If it turns out not to be written, its `why_not` is to blame."""
+
+    def call(self: Backend, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return getattr(super(kind, self), op)(*args, **kwargs)
+        except NotImplementedError as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"backend {_path(kind.__bases__[0])} says None in why_not({op}), but {op} raised "
+                f"NotImplementedError ({error}) at {last.filename}:{last.lineno}; let why_not say "
+                f"why it cannot serve"
+            ) from error
+
+    return call
+
+
+def _path(kind: type) -> str:
+    """A class, and not the name of its backend: an unfinished one is called "default"."""
+    return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def _fill(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from moge_hal.bind import bind
 from moge_hal.config import preset
 from moge_hal.conformance import Outcome, Result, list_cases, run
 from moge_hal.conformance.caching import chunk_sizes, ragged_positions
-from moge_hal.conformance.cases import LETTERS, PROPERTIES, every_case, parse
+from moge_hal.conformance.cases import DTYPES, LETTERS, PROFILES, PROPERTIES, parse
+from moge_hal.conformance.listing import every_case
 from moge_hal.conformance.judging import OPERATION_PROPERTIES, judge
 from moge_hal.conformance.subject import Subject
 from moge_hal.conformance.verdict import Failure, Skip
@@ -49,10 +51,12 @@ BROKEN = f"{__name__}:Broken"
 def test_every_operation_is_in_the_list_with_all_its_properties() -> None:
     assert set(LETTERS) == set(PROPERTIES) == {*NAMES, "model"}
     cases = list(every_case())
-    assert len({case.id for case in cases}) == len(cases) > 400
+    assert len({case.id for case in cases}) == len(cases) > 1300
     for op, names in PROPERTIES.items():
         table = MODEL_PROPERTIES if op == "model" else OPERATION_PROPERTIES
-        assert {case.prop for case in cases if case.op == op} == set(names.split())
+        for dtype in DTYPES:
+            its = {case.prop for case in cases if (case.op, case.dtype_name) == (op, dtype)}
+            assert its == set(names.split())
         assert set(names.split()) <= table.keys()
 
 
@@ -60,9 +64,9 @@ def test_the_list_has_what_hides_faults_elsewhere() -> None:
     for op in NAMES:
         cases = [case for case in every_case() if case.op == op]
         assert {case.scale for case in cases} == {0.01, 1.0, 30.0}
-        assert {"strided", "offset"} <= set().union(*(c.words for c in cases)) or op == "embed"
+        assert {"strided", "offset"} <= set().union(*(c.words for c in cases))
         counts = {case.sizes.get("T", case.sizes.get("S")) for case in cases}
-        assert {0, 1, 7, 17, 64} <= counts
+        assert {0, 1, 7, 17, 64, 531} <= counts
     assert {case.sizes["I"] for case in every_case() if case.op == "linear"} >= {5120}
     groups = [c.sizes for c in every_case() if c.op in ("route", "experts")]
     assert any(s["G"] != s["E"] // s["G"] and s["K"] > s["G"] for s in groups)
@@ -109,8 +113,15 @@ def test_filters_select_and_a_typo_is_an_error() -> None:
     assert {case.split("/")[0] for case in chosen} == {"experts", "route", "router_logits"}
     assert list_cases(["route/*", "route/*"]) == list_cases(["route/*"])
     assert list_cases([f"{LINEAR}-seed9/scale1/value"]) == [f"{LINEAR}-seed9/scale1/value"]
-    with pytest.raises(UserError, match=r"no case matches 'expert/\*'.* Did you mean 'experts/\*'"):
-        list_cases(["experts/*", "expert/*"])
+    for glob, advice in {
+        "expert/*": "no operation 'expert'. Did you mean 'experts'",
+        "experts/fp32/*": "no dtype 'fp32'. Did you mean 'f32'",
+        "experts/*/*/*/valeu": "no property 'valeu'. Did you mean 'value'",
+        "expetrs*": "a filter is a glob on whole ids, such as 'experts/*'. Did you mean 'experts/*'",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(f"no case matches '{glob}'")) as error:
+            list_cases(["experts/*", glob])
+        assert advice in str(error.value)
     with pytest.raises(UserError, match="no property of linear 'valeu'"):
         list_cases([f"{LINEAR}/scale1/valeu"])
 
@@ -118,7 +129,9 @@ def test_filters_select_and_a_typo_is_an_error() -> None:
 def test_a_run_passes_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     result = run([NULL, "moge_hal.backend:Backend"], ["linear/*/scale1/*", "route/*/route.ties"])
     assert result.exit_code == 0
-    assert {o.outcome for o in result.outcomes} == {"passed"}
+    unclaimed = {o.profile for o in result.outcomes if o.outcome == "skipped"}
+    assert unclaimed == {"capture", "bitwise"}
+    assert {o.outcome for o in result.outcomes} == {"passed", "skipped"}
     assert len(result.outcomes) == 2 * len(list_cases(["linear/*/scale1/*", "route/*/route.ties"]))
     worst = max(result.outcomes, key=lambda o: o.error or 0)
     assert worst.error is not None and worst.limit is not None and 0 < worst.error < worst.limit
@@ -152,13 +165,13 @@ def test_a_failure_is_listed_with_its_size_and_the_command_that_replays_it(
     skipped = [o for o in by_id.values() if o.outcome == "skipped"]
     assert {o.id for o in skipped} == set(list_cases(["linear/bf16/*"]))
     assert {o.reason for o in skipped} == {"computes in float32 only"}
-    assert {o.outcome for o in result.outcomes if o.backend == NULL} == {"passed"}
+    assert not [o for o in result.outcomes if o.backend == NULL and o.outcome == "failed"]
     out = capsys.readouterr().out
     assert f"moge-hal conformance --backend {BROKEN} --filter '{wrong}'" in out
     assert f"limit {failed.limit:.2g}" in out
-    assert f"skipped on {BROKEN}: {skipped[0].id} and 5 more: computes in float32 only" in out
+    assert f"skipped on {BROKEN}: {skipped[0].id} and 42 more: computes in float32 only" in out
     assert json.loads(json.dumps(result.data(), allow_nan=False))[0].keys() == {
-        "id", "backend", "outcome", "error", "limit", "reason",
+        "id", "backend", "outcome", "error", "limit", "reason", "level", "seconds", "inputs",
     }  # fmt: skip
 
 
@@ -205,11 +218,13 @@ def test_nothing_outside_decides_what_is_judged(
 def test_the_default_backend_passes(op: str) -> None:
     """All of float32 at scale 1; the other scales and dtypes are run by whoever runs the suite."""
     subject = Subject(Backend())
-    for case in list_cases([f"{op}/f32/*/scale1/*"]):
+    for case in list_cases([f"{op}/f32/*/scale1/*"], profile="core"):
         judge(subject, parse(case))
 
 
-@pytest.mark.parametrize("name", PROPERTIES["model"].split())
+@pytest.mark.parametrize(
+    "name", [n for n in PROPERTIES["model"].split() if n not in ("bitwise", "no-sync")]
+)
 def test_the_default_backend_passes_whole_models(name: str) -> None:
     judge(Subject(Backend()), parse(f"model/f32/tiny-seed0/random/{name}"))
 

@@ -15,7 +15,17 @@ import moge_hal
 from moge_hal import registry
 from moge_hal.backend import Backend
 from moge_hal.errors import UserError
-from moge_hal.registry import BackendError, backends, get_backend, parse_overrides, settings, table
+from moge_hal.registry import (
+    BackendError,
+    UnknownBackendError,
+    backends,
+    find,
+    get_backend,
+    parse_overrides,
+    settings,
+    source_of,
+    table,
+)
 
 MODULE = """
 from moge_hal.backend import Backend, Probe
@@ -34,7 +44,7 @@ class Absent(Backend):
 
 class Outer:
     class Inner(Good):
-        pass
+        name = "inner"
 
 class CannotBeMade(Backend):
     def __init__(self, index=None):
@@ -45,6 +55,7 @@ class TakesNoIndex(Backend):
         pass
 
 class ProbeRaises(Backend):
+    name = "faulty"
     def probe(self):
         raise RuntimeError("the driver is too old")
 
@@ -54,10 +65,12 @@ class SaysMuch(Backend):
         return Probe(False, "the driver says:\\n  too\\n  old.", "renew it.")
 
 class RaisesMuch(Backend):
+    name = "talker"
     def probe(self):
         raise RuntimeError("the driver says:\\n  too\\n  old")
 
 class ProbeIsNone(Backend):
+    name = "faulty"
     def probe(self):
         pass
 
@@ -312,6 +325,52 @@ def test_an_instance_is_new_every_time() -> None:
     first, second = get_backend("cpu"), get_backend("cpu")
     assert first is not second
     assert isinstance(first, Backend)
+
+
+def test_a_slip_of_the_pen_is_told_from_a_backend_that_cannot_run(install: Install) -> None:
+    """Where several backends are judged, the one ends the run and the other is a line of it."""
+    install("some-chips", "good = chips:Good", "absent = chips:Absent", "broken = chips:Gone")
+    slips = [
+        "goood",
+        "good:x",
+        "cpu,goood",
+        ",",
+        "auto,cpu",
+        "no_such.module:X",
+        "chips:Gone",
+        "x:y z",
+    ]
+    for name in slips:
+        for chosen in (get_backend, find):
+            with pytest.raises(UnknownBackendError):
+                chosen(name)
+    for name in ("absent", "good:1", "broken", "chips:CannotBeMade", "raises_at_import:X"):
+        with pytest.raises(BackendError) as error:
+            get_backend(name)
+        assert type(error.value) is BackendError
+
+
+def test_a_backend_is_found_without_being_asked_whether_it_can_run(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("some-chips", "absent = chips:Absent", "faulty = chips:ProbeRaises")
+    assert find("absent").name == "absent"
+    assert find("cuda:7").index == 7
+    assert find("faulty").name == "faulty"
+    assert find("chips:Absent").name == "absent"
+    monkeypatch.setenv("MOGE_HAL_BACKEND", "absent")
+    assert find().name == "absent"
+    for several in ("auto", "absent,cpu"):
+        with pytest.raises(UnknownBackendError, match="name one backend: which of a"):
+            find(several)
+
+
+def test_where_a_backend_comes_from(install: Install) -> None:
+    install("some-chips", "good = chips:Good")
+    assert source_of(find("good")) == "some-chips"
+    assert source_of(find("cpu")) == "moge-hal"
+    assert source_of(find("chips:Good")) == "some-chips"  # the same class
+    assert source_of(find("chips:Absent")) == "chips:Absent"
 
 
 @pytest.mark.parametrize("name", [":X", "chips:Good:1", "chips:", "no such:Good"])

@@ -12,7 +12,21 @@ judging.py                                 one case, one backend, one verdict
 runner.py, plugin.py, suite.py, result.py  pytest, the table, the exit code
 """
 
-from moge_hal.conformance.result import Outcome, Result
-from moge_hal.conformance.runner import list_cases, run
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# Names load on first use: pytest imports this package wherever moge_hal is installed, for its
+# plugin, and most of its runs judge no backend.
+if TYPE_CHECKING:
+    from moge_hal.conformance.result import Outcome, Result
+    from moge_hal.conformance.runner import list_cases, run
 
 __all__ = ["Outcome", "Result", "list_cases", "run"]
+
+_HOME = {"Outcome": "result", "Result": "result", "list_cases": "runner", "run": "runner"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

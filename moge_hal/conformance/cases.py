@@ -17,12 +17,12 @@ words:
 
 Whole models have the operation `model`, the name of a model for a shape and its weights for a
 scale. The property does not take part in the seed: two properties of one shape are judged on the
-same inputs.
+same inputs. `listing.py` has the list of those that a run judges.
 """
 
 import re
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -46,9 +46,9 @@ LETTERS = {
     "experts": "T D F E G K",
     "model": "",
 }
-_COMMON = "value nan rows repeat gradients"
+_COMMON = "value nan rows repeat gradients bitwise no-sync"
 PROPERTIES = {
-    "embed": "value rows repeat gradients",
+    "embed": "value rows repeat gradients bitwise no-sync",
     "linear": _COMMON,
     "rms_norm": _COMMON,
     "add_rms_norm": _COMMON,
@@ -56,10 +56,18 @@ PROPERTIES = {
     "attention": f"{_COMMON} decode chunks ragged unwritten masked",
     "swiglu_ffn": _COMMON,
     "router_logits": f"{_COMMON} route.ties",
-    "route": "route.valid route.ties nan rows repeat gradients",
+    "route": "route.valid route.ties route.close nan rows repeat gradients bitwise no-sync",
     "experts": f"{_COMMON} unselected expert-parallel",
     "model": "one-pass decode chunks last-only batch long ragged two-caches stale unwritten "
-    "cache-full dtype",
+    "cache-full dtype generate train-step bitwise no-sync",
+}
+# What a backend claims is a profile; what is not named here is core.
+PROFILES = ("core", "train", "capture", "bitwise")
+_PROFILE = {
+    "gradients": "train",
+    "train-step": "train",
+    "no-sync": "capture",
+    "bitwise": "bitwise",
 }
 WORDS = {
     "linear": "nobias",
@@ -90,6 +98,11 @@ class Case:
         return f"{self.op}/{self.dtype_name}/{self.shape}/{self.scale_name}"
 
     @property
+    def profile(self) -> str:
+        """What a backend must claim to be held to this case."""
+        return _PROFILE.get(self.prop, "core")
+
+    @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.dtype_name]
 
@@ -106,6 +119,14 @@ class Case:
     @cached_property
     def words(self) -> frozenset[str]:
         return frozenset(part for part in self.shape.split("-") if part.isalpha())
+
+    def shifted(self, offset: int) -> "Case":
+        """The same with other inputs: the seed is `offset` higher; none counts as 0."""
+        if not offset:
+            return self
+        seed = self.sizes.get("seed", 0) + offset
+        parts = [part for part in self.shape.split("-") if not re.fullmatch(r"seed\d+", part)]
+        return replace(self, shape="-".join([*parts, f"seed{seed}"]))
 
     @property
     def spec(self) -> RouteSpec | None:
@@ -161,118 +182,3 @@ def _check_scale(case: Case) -> None:
             raise UserError(f"case {case.id!r}: models are tiny/random and shipped/trained")
     elif not re.fullmatch(r"scale\d+(\.\d+)?", case.scale_name):
         raise UserError(f"case {case.id!r}: {case.scale_name!r} must read scale1 or scale0.01")
-
-
-SCALES = ("scale0.01", "scale1", "scale30")
-
-
-def _tokens(rest: str) -> list[str]:
-    return [f"T{count}-{rest}" for count in (0, 1, 7, 17, 64)]
-
-
-# The shapes whose values are judged, at every scale. The first is the usual one, on which the other
-# properties are judged. A group never has as many members as there are groups, since a swap of the
-# two would be invisible; but for 64/8/8, which is Pangu's own.
-SHAPES = {
-    "embed": ["T17-V259-D40", *_tokens("V61-D24"), "T17-V259-D40-offset"],
-    "linear": [
-        "T17-I40-O56",
-        *_tokens("I48-O40"),
-        "T17-I40-O56-nobias",
-        "T17-I40-O56-strided",
-        "T17-I40-O56-offset",
-        "T7-I5120-O24",
-    ],
-    "rms_norm": ["T17-D40", *_tokens("D24"), "T17-D40-strided", "T17-D40-offset", "T7-D5120"],
-    "add_rms_norm": ["T17-D40", *_tokens("D24"), "T17-D40-strided", "T17-D40-offset", "T7-D5120"],
-    "rotary": [
-        "B3-S7-H6-Hkv2-d8",
-        *[f"B2-S{length}-H4-Hkv4-d32" for length in (0, 1, 17, 64)],
-        "B3-S7-H6-Hkv2-d8-strided",
-        "B3-S7-H6-Hkv2-d8-offset",
-    ],
-    "attention": [
-        "B3-S7-H6-Hkv2-d8",
-        *[f"B2-S{length}-H6-Hkv2-d8" for length in (0, 1, 17, 64)],
-        "B1-S17-H4-Hkv4-d32",
-        "B3-S7-H6-Hkv2-d8-strided",
-        "B3-S7-H6-Hkv2-d8-offset",
-        "B1-S300-H2-Hkv1-d128",
-    ],
-    "swiglu_ffn": [
-        "T17-D40-F24",
-        *_tokens("D24-F56"),
-        "T17-D40-F24-strided",
-        "T17-D40-F24-offset",
-        "T7-D5120-F24",
-    ],
-    "router_logits": [
-        "T17-D40-E15",
-        *_tokens("D24-E24"),
-        "T17-D40-E15-strided",
-        "T17-D40-E15-offset",
-        "T7-D5120-E64",
-    ],
-    "route": [
-        "T17-E15-G3-K6",
-        *_tokens("E24-G4-K4"),
-        "T17-E4-G4-K4",
-        "T17-E24-G1-K4-noscale",
-        "T17-E64-G8-K8",
-        "T17-E20-G4-K6-limit2",
-        "T17-E15-G3-K6-strided",
-        "T17-E15-G3-K6-offset",
-    ],
-    "experts": [
-        "T17-D40-F24-E15-G3-K6",
-        *_tokens("D24-F40-E12-G2-K4"),
-        "T17-D40-F24-E4-G4-K4",
-        "T17-D40-F24-E24-G1-K4",
-        "T64-D40-F24-E15-G3-K6-crowded",
-        "T17-D40-F24-E15-G3-K6-strided",
-        "T17-D40-F24-E15-G3-K6-offset",
-        "T7-D5120-F8-E6-G3-K3",
-    ],
-}
-# Where a property needs another shape than the operation's usual one.
-OTHER_SHAPES = {
-    ("experts", "unselected"): [
-        "T0-D40-F24-E15-G3-K6",
-        "T1-D40-F24-E15-G3-K6",
-        "T7-D40-F24-E64-G8-K8",
-    ],
-    ("route", "route.ties"): [
-        "T17-E15-G3-K6",
-        "T17-E24-G4-K4",
-        "T17-E4-G4-K4",
-        "T17-E64-G8-K8",
-    ],
-    ("router_logits", "route.ties"): ["T17-D40-E15", "T17-D40-E24"],
-    ("attention", "decode"): ["B2-S17-H6-Hkv2-d8", "B1-S17-H4-Hkv4-d32"],
-    ("attention", "chunks"): ["B2-S64-H6-Hkv2-d8"],
-    ("attention", "ragged"): ["B4-S17-H6-Hkv2-d8"],
-    ("attention", "unwritten"): ["B2-S17-H6-Hkv2-d8"],
-}
-MODELS = ("model/f32/tiny-seed0/random", "model/f32/tiny-seed1/random", "model/f32/shipped/trained")
-
-
-def every_case() -> Iterator[Case]:
-    """The list, in order: float32 in full; in low precision the values of two shapes."""
-    for op, shapes in SHAPES.items():
-        value = PROPERTIES[op].split()[0]
-        for shape in shapes:
-            for scale in SCALES:
-                yield Case(op, "f32", shape, scale, value)
-        for prop in PROPERTIES[op].split()[1:]:
-            for shape in OTHER_SHAPES.get((op, prop), shapes[:1]):
-                yield Case(op, "f32", shape, "scale1", prop)
-        if op != "route":  # a router works in float32 whatever the model's dtype
-            for dtype in ("bf16", "f16"):
-                for shape in {shapes[0]: None, shapes[-1]: None}:
-                    for scale in SCALES:
-                        yield Case(op, dtype, shape, scale, value)
-    for model in MODELS:
-        for prop in PROPERTIES["model"].split():
-            if prop == "dtype" and model != MODELS[0]:
-                continue  # the weights make no difference
-            yield parse(f"{model}/{prop}")

@@ -3,12 +3,14 @@
 A model is judged in two parts, since one near-tie in a router flips an expert and then every number
 behind it, in a model that is right. (a) The float64 oracle is FORCED to the backend's routes, and
 the logits of every position stay within the limit: 2 p + u + (4 + sqrt(n)/2) 2^-23 as for an
-operation, p from plain float32 torch on the same routes, and never more than 2e-5. (b) Every route
+operation, p from plain torch in the model's dtype on the same routes, and in float32 never more
+than 2e-5. (b) Every route
 is k experts of every group, and the oracle's router logit of each is within m of the k-th best of
 its group; m = twice what the same rule allows for the router's logits, for they are off on both
 sides of a comparison.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moge_hal.backend import StepOut
 from moge_hal.bind import bind
 from moge_hal.config import Config
 from moge_hal.conformance.limits import limit, worst_row
@@ -24,7 +27,7 @@ from moge_hal.conformance.routing import check_structure
 from moge_hal.conformance.verdict import Failure, Verdict
 from moge_hal.runtime import Model
 
-CAP = 2e-5  # of a whole model in float32, whatever p says
+CAP = {torch.float32: 2e-5}  # of a whole model, whatever p says
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Transcript:
 
     ids: Tensor  # [B, S]
     positions: Tensor  # [B, S], -1 = padding
-    logits: Tensor  # [B, S, V]
+    logits: Tensor  # [B, S, V]; zeros where nobody asked for them
+    shown: Tensor  # [B, S] bool: where somebody did
     routes: Tensor  # [L, B, S, K]
 
     def then(self, later: "Transcript") -> "Transcript":
@@ -42,6 +46,7 @@ class Transcript:
             torch.cat([self.ids, later.ids], 1),
             torch.cat([self.positions, later.positions], 1),
             torch.cat([self.logits, later.logits], 1),
+            torch.cat([self.shown, later.shown], 1),
             torch.cat([self.routes, later.routes], 2),
         )
 
@@ -55,20 +60,34 @@ def play(
     last_only: bool = False,
 ) -> tuple[Transcript, Any]:
     """Steps of these sizes over ids and positions [B, S] -> what came out, and the cache."""
-    logits, routes, start = [], [], 0
-    config = model.config
+    played: Transcript | None = None
+    start = 0
     for size in sizes:
         part = slice(start, start + size)
         out = model.step(ids[:, part], positions[:, part], cache, last_only)
-        shape = (len(ids), 1 if last_only else size, config.vocab_size)
-        _check_form("logits", out.logits, torch.float32, shape)
-        form = (config.num_hidden_layers, len(ids) * size, config.num_experts_per_tok)
-        _check_form("routes", out.routes, torch.int32, form)
-        cache = out.cache
-        logits.append(out.logits.cpu())
-        routes.append(out.routes.cpu().unflatten(1, (len(ids), size)))
+        step, cache = transcribe(model, ids[:, part], positions[:, part], out, last_only), out.cache
+        played = step if played is None else played.then(step)
         start += size
-    return Transcript(ids, positions, torch.cat(logits, 1), torch.cat(routes, 2)), cache
+    assert played is not None
+    return played, cache
+
+
+def transcribe(
+    model: Model, ids: Tensor, positions: Tensor, out: StepOut, last_only: bool
+) -> Transcript:
+    """What one step did with ids and positions [B, S]; a `Failure` if its outputs have another form
+    than theirs."""
+    config, (batch, length) = model.config, ids.shape
+    asked = slice(-1, None) if last_only else slice(None)
+    shown = torch.zeros(batch, length, dtype=torch.bool)
+    shown[:, asked] = True
+    form = (batch, 1 if last_only else length, config.vocab_size)
+    _check_form("logits", out.logits, torch.float32, form)
+    routed = (config.num_hidden_layers, batch * length, config.num_experts_per_tok)
+    _check_form("routes", out.routes, torch.int32, routed)
+    logits = torch.zeros(batch, length, config.vocab_size)
+    logits[:, asked] = out.logits.cpu()
+    return Transcript(ids, positions, logits, shown, out.routes.cpu().unflatten(1, (batch, length)))
 
 
 def _check_form(name: str, has: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -78,23 +97,34 @@ def _check_form(name: str, has: Tensor, dtype: torch.dtype, shape: tuple[int, ..
 
 
 class Oracle:
-    """The specification on somebody else's routes: in float64, and its peers in float32."""
+    """The specification on somebody else's routes: in float64, and its peers in the model's dtype.
 
-    def __init__(self, config: Config, weights: Mapping[str, Tensor]) -> None:
+    weights: of that dtype, in float64 too.
+    """
+
+    def __init__(
+        self, config: Config, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+    ) -> None:
         self.config = config
+        self.dtype = dtype
         self._models: list[tuple[Follow, Model]] = []
-        for backend, dtype in (
+        for backend, kind in (
             (Follow(), torch.float64),
-            (Follow(), torch.float32),
-            (FollowPermuted("whole model"), torch.float32),
+            (Follow(), dtype),
+            (FollowPermuted("whole model"), dtype),
         ):
-            model = bind(config, weights, backend, dtype=dtype)
+            model = bind(config, weights, backend, dtype=kind)
             bound = model.backend
             assert isinstance(bound, Follow)
             self._models.append((bound, model))
 
     def check(self, got: Transcript) -> Verdict:
         """Both parts of the judgement; raises `Failure`."""
+        return self.check_tokens(got, got.ids[:, :0])
+
+    def check_tokens(self, got: Transcript, emitted: Tensor) -> Verdict:
+        """The same, and of a greedy text whose last tokens are emitted [B, N], one at a time: each
+        is within the limit of the best one, with the oracle forced to the text before it."""
         real = got.positions >= 0
         if not bool(got.logits.isfinite().all()):
             what = "a real" if not bool(got.logits[real].isfinite().all()) else "a padding"
@@ -106,11 +136,19 @@ class Oracle:
         (logits, router), *peers = [self._follow(*model, got, routes) for model in self._models]
         n = max(*(config.sizes[letter] for letter in ("D", "F", "Fs")), got.ids.shape[1])
         self._check_routes(got, real, router, [peer[1] for peer in peers])
+        judged = real & got.shown
         p = max(worst_row(peer[0][real], logits[real]) for peer in peers)
-        allowed = min(limit(p, torch.float32, n), CAP)
-        error = worst_row(got.logits[real], logits[real])
+        allowed = min(limit(p, self.dtype, n), CAP.get(self.dtype, math.inf))
+        error = worst_row(got.logits[judged], logits[judged])
         if error > allowed:
             raise Failure("logits are wrong at the worst position", error, allowed)
+        count = emitted.shape[1]
+        if count:
+            behind = logits[:, -count:]
+            lag = behind.amax(-1) - behind.gather(-1, emitted[..., None])[..., 0]
+            lag = lag / behind.abs().amax(-1)
+            if bool((lag > 2 * allowed).any()):
+                raise Failure("a token was emitted that is not the best", float(lag.max()), allowed)
         return Verdict(error, allowed)
 
     def _follow(
@@ -118,7 +156,7 @@ class Oracle:
     ) -> tuple[Tensor, Tensor]:
         """One pass without a cache -> logits [B, S, V], router logits [L, B*S, E]."""
         backend.follow(list(routes))
-        out = model.step(got.ids, got.positions, None)
+        out = model.step(got.ids, got.positions, None)  # whole rows at once
         return out.logits.clone(), torch.stack(backend.router)
 
     def _check_routes(
@@ -129,7 +167,8 @@ class Oracle:
         for layer, logits in enumerate(router):
             here = logits[real.flatten()]
             p = max(worst_row(peer[layer][real.flatten()], here) for peer in by_peer)
-            off = limit(p, torch.float32, config.hidden_size) * here.abs().amax(-1)
+            # A router's logits are float32 in every dtype; what they are made of is not.
+            off = limit(p, self.dtype, config.hidden_size) * here.abs().amax(-1)
             grouped = here.view(len(here), groups, -1)
             best = grouped.topk(each, -1).values[..., -1].repeat_interleave(each, 1)
             gap = (best - here.gather(1, got.routes[layer][real].long())).amax(-1)

@@ -1,6 +1,6 @@
 """One case, one backend, one verdict."""
 
-from moge_hal.conformance import caching, gradients, properties, whole_model
+from moge_hal.conformance import bitwise, caching, capture, gradients, properties, whole_model
 from moge_hal.conformance.cases import Case
 from moge_hal.conformance.subject import Subject
 from moge_hal.conformance.verdict import Skip, Verdict
@@ -9,6 +9,8 @@ OPERATION_PROPERTIES = {
     **properties.PROPERTIES,
     **caching.PROPERTIES,
     "gradients": gradients.gradients,
+    "bitwise": bitwise.bitwise,
+    "no-sync": capture.no_sync,
 }
 
 
@@ -21,5 +23,7 @@ def judge(subject: Subject, case: Case) -> Verdict:
     if case.dtype not in subject.backend.dtypes:
         able = ", ".join(str(dtype).removeprefix("torch.") for dtype in subject.backend.dtypes)
         raise Skip(f"computes in {able} only")
+    if case.profile not in subject.backend.claims:
+        raise Skip(f"does not claim the profile {case.profile}")
     table = whole_model.PROPERTIES if case.op == "model" else OPERATION_PROPERTIES
     return table[case.prop](subject, case)

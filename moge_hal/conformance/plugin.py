@@ -1,72 +1,147 @@
-"""The pytest plugin: a test of every backend and case, what came of it, and the report."""
+"""The pytest plugin: options, a test of every backend and case, what came of it, and the report.
 
-import traceback
+    pytest --pyargs moge_hal.conformance --moge-backend NAME
+
+`moge-hal conformance` runs the same (`runner.py`). pytest loads this module wherever moge_hal is
+installed, so nothing heavy is imported before the suite is asked for. What a case came to travels
+as properties of pytest's own report: from a worker of pytest-xdist to the process that reports,
+and into junit.xml.
+"""
+
+from __future__ import annotations
+
+import time
 from collections.abc import Generator
-from typing import Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from moge_hal.conformance.cases import Case
-from moge_hal.conformance.result import Outcome, Result
-from moge_hal.conformance.subject import Subject
-from moge_hal.conformance.verdict import Failure, Verdict
+if TYPE_CHECKING:
+    from moge_hal.conformance.result import Outcome, Result
+    from moge_hal.conformance.session import Session
+    from moge_hal.conformance.verdict import Skip, Verdict
+
+SESSION: pytest.StashKey[Session] = pytest.StashKey()
+VERDICT: pytest.StashKey[Verdict | Skip] = pytest.StashKey()
+_FIELD = "moge_hal."  # what the names of an outcome's properties begin with
 
 
-class ConformancePlugin:
-    """One run. `outcomes` fills up as pytest goes."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("moge_hal", "moge_hal's conformance suite")
 
-    def __init__(self, subjects: list[Subject], cases: list[Case]) -> None:
-        self.subjects = subjects
-        self.cases = cases
+    def option(name: str, help: str, **more: Any) -> None:
+        group.addoption(f"--moge-{name}", help=help, **more)
+
+    option("backend", "backends to judge, separated by commas")
+    option("filter", "a glob on case ids; repeatable", action="append", default=[])
+    option("profile", "core, train, capture or bitwise alone")
+    option("quick", "a few cases of every kind", action="store_true")
+    option("seed-offset", "other inputs for the same shapes", type=int, default=0)
+    option("simulate", "judge a backend's code on the CPU", action="store_true")
+    option("deviations", "a TOML file of known deviations")
+    option("report", "a folder to write report.json, junit.xml and report.html into")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest's own reporter looks for its path
+def pytest_configure(config: pytest.Config) -> None:
+    folder = config.getoption("moge_report", None)
+    if hasattr(config, "workerinput"):
+        return  # a worker's reports go to the process that started it
+    if folder and not config.option.xmlpath:
+        config.option.xmlpath = str(Path(folder) / "junit.xml")
+    # The mark of pytest-xdist, which need not be here.
+    config.addinivalue_line("markers", "xdist_group: which worker a case goes to")
+    config.pluginmanager.register(Reporter(config), "moge_hal_reporter")
+
+
+def session_of(config: pytest.Config) -> Session:
+    """The run, made from the options when the suite is first collected."""
+    if SESSION not in config.stash:
+        from moge_hal.conformance.session import Options, Session
+        from moge_hal.errors import UserError
+
+        try:
+            config.stash[SESSION] = Session(Options.of(config.option))
+        except UserError as error:
+            raise pytest.UsageError(str(error)) from None
+    return config.stash[SESSION]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.module.__name__.rpartition(".")[2] == "test_suite" and {"subject", "case"} <= set(
+        metafunc.fixturenames
+    ):
+        metafunc.parametrize(("subject", "case"), session_of(metafunc.config).tests())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    callspec = getattr(item, "callspec", None)
+    if call.when != "call" or callspec is None or SESSION not in item.config.stash:
+        return (yield)
+    verdict = item.stash.get(VERDICT, None) or (call.excinfo and call.excinfo.value)
+    if verdict is None or isinstance(verdict, KeyboardInterrupt):
+        return (yield)
+    outcome = item.config.stash[SESSION].outcome(
+        callspec.params["subject"], callspec.params["case"], verdict, call.duration
+    )
+    item.user_properties += [(_FIELD + name, value) for name, value in asdict(outcome).items()]
+    report = yield
+    # A listed deviation is what pytest calls an expected failure, and one that passes is a failure.
+    if outcome.outcome == "deviates":
+        report.outcome, report.wasxfail = "skipped", outcome.reason
+    elif outcome.outcome == "failed" and report.outcome == "passed":
+        report.outcome, report.longrepr = "failed", outcome.reason
+    return report
+
+
+class Reporter:
+    """Collects outcomes in the process that reports, and tells and writes what came of them."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
         self.outcomes: list[Outcome] = []
+        self.not_collected: list[str] = []  # why; the suite itself is broken then
+        self.started = time.time()
 
-    def result(self) -> Result:
-        return Result(tuple(subject.label for subject in self.subjects), tuple(self.outcomes))
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.not_collected.append(report.longreprtext)
 
-    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        # A case's inputs and oracle are the same for all backends, so they are judged side by side.
-        tests = [
-            pytest.param(subject, case, id=f"{subject.label}:{case.id}")
-            for case in self.cases
-            for subject in self.subjects
-        ]
-        metafunc.parametrize(("subject", "case"), tests)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        found = {
+            name.removeprefix(_FIELD): value
+            for name, value in report.user_properties
+            if name.startswith(_FIELD)
+        }
+        if report.when == "call" and found:
+            from moge_hal.conformance.result import Outcome
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(
-        self, item: pytest.Item, call: pytest.CallInfo[None]
-    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        report = yield
-        if call.when == "call":
-            assert isinstance(item, pytest.Function)
-            self.outcomes.append(_outcome(item, report, call.excinfo))
-        return report
+            self.outcomes.append(Outcome(**found))
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if not self.outcomes:
+            return
+        result = self.result()
+        folder = self.config.getoption("moge_report")
+        if folder:
+            from moge_hal.conformance.report import write
+
+            write(Path(folder), result, self.started, time.time() - self.started)
+        if result.exit_code and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        terminalreporter.write_line("")
-        for line in self.result().report().splitlines():
-            terminalreporter.write_line(line)
+        if self.outcomes:
+            terminalreporter.write_line("")
+            for line in self.result().report().splitlines():
+                terminalreporter.write_line(line)
 
-
-def _outcome(
-    item: pytest.Function,
-    report: pytest.TestReport,
-    info: "pytest.ExceptionInfo[BaseException] | None",
-) -> Outcome:
-    params: dict[str, Any] = dict(item.callspec.params)
-    subject, case = params["subject"], params["case"]
-    if report.outcome == "passed":
-        verdict = dict(item.user_properties)["verdict"]
-        assert isinstance(verdict, Verdict)
-        return Outcome.of(case.id, subject.label, "passed", verdict.error, verdict.limit)
-    assert info is not None
-    if report.outcome == "skipped":
-        return Outcome.of(case.id, subject.label, "skipped", reason=str(info.value))
-    if isinstance(info.value, Failure):
-        failure = info.value
-        return Outcome.of(
-            case.id, subject.label, "failed", failure.error, failure.limit, failure.reason
-        )
-    last = traceback.extract_tb(info.tb)[-1]
-    reason = f"raised {info.typename}: {info.value} ({last.filename}:{last.lineno})"
-    return Outcome.of(case.id, subject.label, "failed", reason=reason)
+    def result(self) -> Result:
+        """What is known so far."""
+        return session_of(self.config).result(self.outcomes)

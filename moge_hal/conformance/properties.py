@@ -7,11 +7,12 @@ A property takes the backend under judgement and a case, and gives a `Verdict` o
 from collections.abc import Callable
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moge_hal.conformance.cases import Case
-from moge_hal.conformance.inputs import ACTIVATIONS, PER_TOKEN, Args, draw, integers
+from moge_hal.conformance.inputs import ACTIVATIONS, PER_TOKEN, Args, draw, integers, words
 from moge_hal.conformance.judge import allowances, check, measure, worst
 from moge_hal.conformance.oracle import Outputs, exact
 from moge_hal.conformance.subject import Subject, same_bits
@@ -60,6 +61,20 @@ def route_ties(subject: Subject, case: Case) -> Verdict:
         logits, ids, right = few[row].tolist(), has[row].tolist(), must[row].tolist()
         raise Failure(f"logits {logits}: ids {ids}, must be {right}")
     return verdict
+
+
+def route_close(subject: Subject, case: Case) -> Verdict:
+    """Logits that are nearer to each other than a narrower format can tell choose as they are.
+
+    Guards against: a selection by logits in bfloat16, float16 or TF32, which makes ties of them;
+    random logits show that in one row of fifty.
+    """
+    tokens, experts = case.sizes["T"], case.sizes["E"]
+    lots = words(f"{case.key}/close", tokens * experts).reshape(tokens, experts)
+    ranks = torch.from_numpy(np.argsort(lots, kind="stable"))
+    # Steps of 2^-13 above 1: float32 holds them exactly, TF32 and float16 keep steps of 2^-10.
+    args = {**draw(case), "logits": (1 + ranks * 2.0**-13).float()}
+    return check(case, subject.run(case, args), args, measure(case, args), "close logits")
 
 
 def _duplicated_rows(subject: Subject, case: Case) -> Verdict:
@@ -187,6 +202,7 @@ PROPERTIES: dict[str, Callable[[Subject, Case], Verdict]] = {
     "value": value,
     "route.valid": route_valid,
     "route.ties": route_ties,
+    "route.close": route_close,
     "nan": nan,
     "rows": rows,
     "repeat": repeat,

@@ -17,7 +17,8 @@ from moge_hal.backend import Backend
 from moge_hal.bind import Choice, Mode, bind, bind_operations
 from moge_hal.config import PRESETS, Config, preset
 from moge_hal.conformance.cases import Case
-from moge_hal.conformance.inputs import ACTIVATIONS, PER_TOKEN, Args
+from moge_hal.conformance.inputs import PER_TOKEN, Args
+from moge_hal.conformance.levels import level_of
 from moge_hal.conformance.oracle import Outputs
 from moge_hal.conformance.verdict import Failure, Skip
 from moge_hal.runtime import Model
@@ -71,12 +72,13 @@ class Subject:
     def __init__(self, backend: Backend, label: str | None = None) -> None:
         self.backend = backend
         self.label = label or backend.name
+        self.level = level_of(backend)  # what its results ran on
         # A `why_not` that raises is found out here, not in every case.
         tiny = PRESETS["tiny"]
         bind_operations(backend, tiny.sizes, tiny.route, backend.dtypes[0], "infer")
         self._bound: dict[Any, Bound] = {}
         self._compiled: dict[Any, Callable[..., Any] | Exception] = {}
-        self._models: dict[str, Model] = {}
+        self._models: dict[tuple[str, torch.dtype], Model] = {}
 
     def bound(self, case: Case, training: bool = False) -> Bound:
         """The operations, bound for the case's dtype and static sizes."""
@@ -164,11 +166,14 @@ class Subject:
             raise Failure(f"cannot be compiled: {type(step).__name__}: {step}") from step
         return step
 
-    def model(self, name: str, config: Config, weights: Mapping[str, Tensor]) -> Model:
-        """The model bound to this backend; kept by its name."""
-        if name not in self._models:
-            self._models[name] = bind(config, weights, self.backend, dtype=torch.float32)
-        return self._models[name]
+    def model(
+        self, name: str, config: Config, weights: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> Model:
+        """The model bound to this backend; kept by its name and dtype."""
+        key = (name, dtype)
+        if key not in self._models:
+            self._models[key] = bind(config, weights, self.backend, dtype=dtype)
+        return self._models[key]
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -186,7 +191,7 @@ def _place(value: Tensor, name: str, case: Case, device: torch.device) -> Tensor
     if "offset" in case.words:
         flat = value.new_full((value.numel() + 3,), blank, device=device)
         return flat[3:].view(value.shape).copy_(value)
-    if "strided" in case.words and name in ACTIVATIONS:
+    if "strided" in case.words and name in PER_TOKEN:
         wide = value.new_full((*value.shape[:-1], 2 * value.shape[-1]), blank, device=device)
         return wide[..., ::2].copy_(value)
     return value.to(device, copy=True)

@@ -9,6 +9,7 @@ class Verdict:
 
     error: float | None = None
     limit: float | None = None
+    level: str | None = None  # what it ran on, if that was not the backend's device (`levels.py`)
 
 
 class Failure(AssertionError):

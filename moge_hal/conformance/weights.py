@@ -39,14 +39,20 @@ def random_weights(config: Config, seed: int) -> dict[str, Tensor]:
 
 
 def model_weights(case: Case) -> tuple[Config, Mapping[str, Tensor]]:
-    """The configuration and weights of a `model` case. Raises `Skip` if no model is shipped."""
-    return _shipped() if "shipped" in case.words else _random(case.sizes["seed"])
+    """The configuration and weights of a `model` case, in the case's dtype. Raises `Skip` if no
+    model is shipped."""
+    seed = None if "shipped" in case.words else case.sizes.get("seed", 0)
+    return _weights(seed, case.dtype)
 
 
-@lru_cache(maxsize=4)
-def _random(seed: int) -> tuple[Config, Mapping[str, Tensor]]:
-    config = preset("tiny")
-    return config, random_weights(config, seed)
+@lru_cache(maxsize=8)
+def _weights(seed: int | None, dtype: torch.dtype) -> tuple[Config, Mapping[str, Tensor]]:
+    if seed is None:
+        config, weights = _shipped()
+    else:
+        config = preset("tiny")
+        weights = random_weights(config, seed)
+    return config, {name: weight.to(dtype) for name, weight in weights.items()}
 
 
 @lru_cache(maxsize=1)

@@ -6,31 +6,37 @@ however a text is cut into steps, its logits are those of one pass.
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from moge_hal.backend import StepOut
 from moge_hal.bind import bind
 from moge_hal.config import preset
+from moge_hal.conformance.bitwise import bitwise
 from moge_hal.conformance.caching import chunk_sizes, ragged_positions, spoil
+from moge_hal.conformance.capture import no_sync
 from moge_hal.conformance.cases import Case
-from moge_hal.conformance.forced import Oracle, Transcript, play
+from moge_hal.conformance.forced import Oracle, Transcript, play, transcribe
 from moge_hal.conformance.inputs import integers
 from moge_hal.conformance.judge import worst
-from moge_hal.conformance.limits import worst_row
 from moge_hal.conformance.subject import Subject
+from moge_hal.conformance.training import train_step
 from moge_hal.conformance.verdict import Failure, Verdict
 from moge_hal.conformance.weights import model_weights, random_weights
 from moge_hal.errors import CacheFullError, UserError
+from moge_hal.generate import tokens
 from moge_hal.runtime import Model
 
+EMITTED = 64  # tokens of a generated text
 OTHER_DTYPES = (torch.bfloat16, torch.float16, torch.float64, torch.int8)
 
 
 @lru_cache(maxsize=4)
 def _oracle(case: Case) -> Oracle:
-    return Oracle(*model_weights(case))
+    return Oracle(*model_weights(case), case.dtype)
 
 
 def _scene(
@@ -40,7 +46,7 @@ def _scene(
     config, weights = model_weights(case)
     ids = integers(f"{case.id}/ids", batch, length, low=0, high=config.vocab_size)
     positions = torch.arange(length).repeat(batch, 1)
-    model = subject.model(case.shape, config, weights)
+    model = subject.model(case.shape, config, weights, case.dtype)
     return model, _oracle(replace(case, prop="")), ids, positions
 
 
@@ -85,28 +91,18 @@ def last_only(subject: Subject, case: Case) -> Verdict:
     model, oracle, ids, positions = _scene(subject, case, 2, 21)
     verdicts = []
     for sizes in ([21], [9, 8, 1, 1, 1, 1]):
-        caches = [None, None] if len(sizes) == 1 else [model.new_cache(2, 24) for _ in range(2)]
-        whole, _ = play(model, ids, positions, sizes, caches[0])
-        verdict = oracle.check(whole)
-        last, _ = play(model, ids, positions, sizes, caches[1], last_only=True)
-        if not torch.equal(last.routes, whole.routes):
-            raise Failure("with last_only, tokens go to other experts")
-        ends = torch.tensor(sizes).cumsum(0) - 1
-        error = worst_row(last.logits, whole.logits[:, ends].double())
-        if verdict.limit is not None and error > verdict.limit:
-            reason = "with last_only, the logits are not those of the last position"
-            raise Failure(reason, error, verdict.limit)
-        verdicts.append(verdict)
+        cache = None if len(sizes) == 1 else model.new_cache(2, 24)
+        verdicts += [oracle.check(play(model, ids, positions, sizes, cache, True)[0])]
     return worst(verdicts)
 
 
 def batch(subject: Subject, case: Case) -> Verdict:
-    """Nineteen rows at once: a prompt, then two tokens.
+    """Thirty-seven rows at once: a prompt, then two tokens.
 
-    Guards against: a kernel for up to 8 or 16 rows whose second block is wrong.
+    Guards against: a kernel for up to 8, 16 or 32 rows whose next block is wrong.
     """
-    model, oracle, ids, positions = _scene(subject, case, 19, 7)
-    return oracle.check(play(model, ids, positions, [5, 1, 1], model.new_cache(19, 8))[0])
+    model, oracle, ids, positions = _scene(subject, case, 37, 7)
+    return oracle.check(play(model, ids, positions, [5, 1, 1], model.new_cache(37, 8))[0])
 
 
 def two_caches(subject: Subject, case: Case) -> Verdict:
@@ -199,6 +195,43 @@ def cache_full(subject: Subject, case: Case) -> Verdict:
     return oracle.check(before.then(after))
 
 
+def generate(subject: Subject, case: Case) -> Verdict:
+    """64 greedy tokens after two prompts of different lengths, by the loop that writes every text.
+    The oracle is forced to the text: each token is the best one after those before it, within the
+    limit.
+
+    Guards against: what only many steps show, such as a cache whose slots are taken twice; a row
+    that reads another row's position; and a whole path that no other property takes, prefill for
+    the last position alone.
+    """
+    model, oracle, ids, _ = _scene(subject, case, 2, 11)
+    recorder = Recorder(model)
+    prompts = [ids[0].tolist(), ids[1, :6].tolist()]
+    emitted = [
+        [token.id for token in step]
+        for step in tokens(recorder, prompts, max_new_tokens=EMITTED, chunk=5)
+    ]
+    return oracle.check_tokens(recorder.transcript, torch.tensor(emitted).T)
+
+
+class Recorder(Model):
+    """A model that writes down what its steps did."""
+
+    def __init__(self, model: Model) -> None:
+        vars(self).update(vars(model))
+        self._steps: list[Transcript] = []
+
+    def step(self, ids: Tensor, positions: Tensor, cache: Any, last_only: bool = False) -> StepOut:
+        out = super().step(ids, positions, cache, last_only)
+        self._steps.append(transcribe(self, ids, positions, out, last_only))
+        return out
+
+    @property
+    def transcript(self) -> Transcript:
+        """All steps so far."""
+        return reduce(Transcript.then, self._steps)
+
+
 def dtype(subject: Subject, case: Case) -> Verdict:
     """A parameter type that the backend does not name is a clear error when a model is bound.
 
@@ -232,4 +265,8 @@ PROPERTIES: dict[str, Callable[[Subject, Case], Verdict]] = {
     "unwritten": unwritten,
     "cache-full": cache_full,
     "dtype": dtype,
+    "generate": generate,
+    "train-step": train_step,
+    "bitwise": bitwise,
+    "no-sync": no_sync,
 }

@@ -1,0 +1,112 @@
+"""Commands about backends: conformance, verify, matrix, bisect, new-backend."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# What needs torch is imported by the command that needs it, so that --help is there at once.
+from moge_hal.cli.app import JsonOption, app, example, note
+from moge_hal.errors import UserError, refuse
+
+JobsOption = Annotated[
+    int, typer.Option("--jobs", "-j", help="Processes to share the work; each takes its threads.")
+]
+
+
+@app.command(epilog=example("moge-hal conformance --backend cpu,onnx --filter 'experts/*'"))
+def conformance(
+    backend: Annotated[
+        str | None,
+        typer.Option("--backend", help="One or more, separated by commas; each is judged."),
+    ] = None,
+    filters: Annotated[
+        list[str] | None, typer.Option("--filter", help="A glob on case ids; repeatable.")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="core, train, capture or bitwise: these cases alone.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few cases of every kind.")] = False,
+    seed_offset: Annotated[int, typer.Option(help="Other inputs for the same shapes.")] = 0,
+    jobs: JobsOption = 1,
+    simulate: Annotated[
+        bool,
+        typer.Option(
+            "--simulate", help="The backend's code on the CPU: its chip need not be here."
+        ),
+    ] = False,
+    deviations: Annotated[
+        Path | None, typer.Option(help="A TOML file of known deviations, which must be met.")
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write report.json, junit.xml, report.html into this folder."),
+    ] = None,
+    golden: Annotated[
+        list[Path] | None,
+        typer.Option(help="Judge on stored inputs and outputs instead: a .npz file; repeatable."),
+    ] = None,
+    only_list: Annotated[
+        bool, typer.Option("--list", help="Print ids instead of judging.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge backends against the specification in float64. Exit code 1: one of them is wrong."""
+    from moge_hal.conformance import list_cases, run
+
+    globs = filters or []
+    if golden:
+        raise typer.Exit(_golden(backend, golden, simulate))
+    if only_list:
+        ids = list_cases(globs, profile=profile, quick=quick, seed_offset=seed_offset)
+        print("\n".join(ids))
+        return
+    if not 1 <= jobs <= 64:
+        refuse("--jobs", jobs, "must be from 1 to 64")
+    result = run(
+        backend,
+        globs,
+        profile=profile,
+        quick=quick,
+        seed_offset=seed_offset,
+        simulate=simulate,
+        deviations=deviations,
+        report=report,
+        jobs=jobs,
+        echo=not as_json,
+    )
+    if as_json:
+        print(json.dumps(result.data(), indent=2))
+    if report is not None:
+        note(f"{report / 'report.html'} shows it all; report.json and junit.xml lie beside it")
+    raise typer.Exit(result.exit_code)
+
+
+def _golden(backend: str | None, files: list[Path], simulate: bool) -> int:
+    """Judges stored cases; the exit code."""
+    from moge_hal.conformance.golden import judge_file
+    from moge_hal.conformance.session import split, subjects
+    from moge_hal.conformance.verdict import Failure, Skip
+
+    code = 0
+    found, refused = subjects(None if backend is None else split(backend), simulate)
+    for name, reason in refused.items():
+        raise UserError(f"{name}: {reason}")
+    for subject in found:
+        for file in files:
+            try:
+                verdict = judge_file(subject, file)
+            except Failure as failure:
+                code = 1
+                off = "" if failure.error is None else f": error {failure.error:.2g}, "
+                off += "" if failure.limit is None else f"limit {failure.limit:.2g}"
+                print(f"FAILED on {subject.label}: {file}: {failure.reason}{off}")
+            except Skip as skip:
+                code = 1  # a file that was named was not judged
+                print(f"not judged on {subject.label}: {file}: {skip}")
+            else:
+                size = "" if verdict.error is None else f": error {verdict.error:.2g}, "
+                size += "" if verdict.limit is None else f"limit {verdict.limit:.2g}"
+                print(f"passed on {subject.label}: {file}{size}")
+    return code
