@@ -12,6 +12,8 @@ words:
     nobias   `linear` without a bias
     noscale  `route` without router_scale
     crowded  all tokens choose the experts of the first one
+    cancel   the results of a token's experts cancel out but for a small rest
+    large    scores that float16 holds only after they are divided by sqrt(d)
     limit2   DeepSeek-V3's router: sigmoid, a bias for the selection, and (here) 2 groups compete
     seed5    other inputs of the same shape
 
@@ -72,7 +74,8 @@ _PROFILE = {
 WORDS = {
     "linear": "nobias",
     "route": "noscale",
-    "experts": "crowded",
+    "experts": "crowded cancel",
+    "attention": "large",
     "model": "tiny shipped",
 }
 MODEL_WEIGHTS = {"tiny": "random", "shipped": "trained"}

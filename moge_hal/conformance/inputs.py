@@ -130,10 +130,28 @@ def _attention(case: Case) -> Args:
     # rounding decides between near-ties and the error of a right kernel is a matter of luck (1 in
     # 100 failed at 30), so the rest is the values'.
     sharp = min(case.scale, 4.0)
+    if "large" in case.words:
+        return _large(case)
     return {
         "q": _float(case, "q", s["B"], s["S"], s["H"], s["d"], scale=sharp),
         "k": _float(case, "k", s["B"], s["S"], s["Hkv"], s["d"]),
         "v": _float(case, "v", s["B"], s["S"], s["Hkv"], s["d"], scale=case.scale / sharp),
+        "cache": None,
+        "positions": torch.arange(s["S"]).repeat(s["B"], 1),
+    }
+
+
+def _large(case: Case) -> Args:
+    """Scores of tens of thousands, all exact, and far enough apart that the softmax is exactly 1 at
+    the largest key: whoever can hold them is right to the last bit."""
+    s = case.sizes
+    sign = signs(f"{case.key}/signs", s["d"])
+    sizes = 8.0 + 2.0 * order(f"{case.key}/order", s["S"])
+    keys = (sizes[:, None, None] * sign).expand(s["B"], -1, s["Hkv"], -1)
+    return {
+        "q": (32 * sign).expand(s["B"], s["S"], s["H"], -1).to(case.dtype).contiguous(),
+        "k": keys.to(case.dtype).contiguous(),
+        "v": _float(case, "v", s["B"], s["S"], s["Hkv"], s["d"], scale=case.scale),
         "cache": None,
         "positions": torch.arange(s["S"]).repeat(s["B"], 1),
     }
@@ -182,12 +200,37 @@ def _experts(case: Case) -> Args:
         ids = ids[:1].expand_as(ids)
     weights = uniform(f"{case.key}/weights", tokens, s["K"])
     weights *= signs(f"{case.key}/sign", tokens, s["K"])  # router_scale may make them negative
+    if "cancel" in case.words:
+        return _cancel(case, ids.reshape(tokens, s["K"]).int())
     return {
         "x": _float(case, "x", tokens, s["D"], scale=case.scale),
         "gate_up": _float(case, "gate_up", s["E"], 2 * s["F"], s["D"], scale=fan(s["D"])),
         "down": _float(case, "down", s["E"], s["D"], s["F"], scale=fan(s["F"])),
         "ids": ids.reshape(tokens, s["K"]).int(),
         "weights": weights.float(),
+        "first": 0,
+    }
+
+
+def _cancel(case: Case, ids: torch.Tensor) -> Args:
+    """Equal experts whose weights are 1, -1 and small powers of two, all of it exact in every dtype
+    and order. Whoever adds up a token's experts in bfloat16 loses the small ones."""
+    s = case.sizes
+    width, inner = s["D"], s["F"]
+    x = integers(f"{case.key}/x", s["T"], width, low=-1, high=2)
+    x[:, 0] = 1
+    gate = torch.zeros(inner, width)
+    gate[:, 0] = 32.0  # silu(32) is 32 in every dtype
+    up = integers(f"{case.key}/up", inner, width, low=-1, high=2).float()
+    down = integers(f"{case.key}/down", width, inner, low=-1, high=2)
+    small = [2.0**-7] * (s["K"] - 2)
+    weights = torch.tensor([1.0, *small[:2], -1.0, *small[2:]]).repeat(s["T"], 1)
+    return {
+        "x": x.to(case.dtype),
+        "gate_up": torch.cat([gate, up]).to(case.dtype).repeat(s["E"], 1, 1),
+        "down": down.to(case.dtype).repeat(s["E"], 1, 1),
+        "ids": ids,
+        "weights": weights,
         "first": 0,
     }
 

@@ -1,5 +1,6 @@
 """What every property rests on: a backend's outputs against the specification's, within limits."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from moge_hal.backend import Backend
 from moge_hal.conformance.cases import Case
 from moge_hal.conformance.inputs import Args, draw
-from moge_hal.conformance.limits import limit, worst_row
+from moge_hal.conformance.limits import LEAST, lean_limit, lean_of, limit, worst_row
 from moge_hal.conformance.oracle import Outputs, Permuted, exact, run, weights_for, widen
 from moge_hal.conformance.routing import check_route
 from moge_hal.conformance.verdict import Failure, Verdict
@@ -29,10 +30,12 @@ _REDUCED = {
 
 @dataclass(frozen=True)
 class Allowance:
-    """What an output must be like: its dtype, and how far off it may be."""
+    """What an output must be like: its dtype, how far off it may be, and in low precision how far
+    to one side."""
 
     dtype: torch.dtype
     limit: float
+    lean: float = math.inf
 
 
 def longest_reduction(case: Case) -> int:
@@ -67,8 +70,12 @@ def _allowance(
     dtype = answers[0].dtype
     if not dtype.is_floating_point:
         return Allowance(dtype, 0.0)
-    p = max(_error(op, got, want) for got, want in zip(answers, exacts, strict=True))
-    return Allowance(dtype, limit(p, dtype, n) + exponent)
+    pairs = list(zip(answers, exacts, strict=True))
+    p = max(_error(op, got, want) for got, want in pairs)
+    if dtype == torch.float32 or answers[0].numel() < LEAST:
+        return Allowance(dtype, limit(p, dtype, n) + exponent)
+    lean = lean_limit(max(lean_of(got, want) for got, want in pairs), dtype)
+    return Allowance(dtype, limit(p, dtype, n) + exponent, lean)
 
 
 def _exponent(case: Case, args: Args) -> float:
@@ -132,6 +139,9 @@ def check(
         error = _error(case.op, has, must)
         if error > allowance.limit:
             raise Failure(f"{name} is wrong in its worst row", error, allowance.limit)
+        lean = lean_of(has, must) if has.numel() >= LEAST else 0.0
+        if lean > allowance.lean:
+            raise Failure(f"{name} is rounded to one side", lean, allowance.lean)
         verdicts.append(Verdict(error, allowance.limit))
     return worst(verdicts)
 

@@ -113,6 +113,11 @@ OTHER_SHAPES = {
     ("attention", "ragged"): ["B4-S17-H6-Hkv2-d8"],
     ("attention", "unwritten"): ["B2-S17-H6-Hkv2-d8"],
 }
+# Inputs that are exact in every dtype, at one scale.
+EXACT = {
+    "attention": "B2-S17-H6-Hkv2-d64-large",
+    "experts": "T17-D40-F24-E15-G3-K6-cancel",
+}
 # A decode step has one token a row; what is recorded of it is another kernel than of many.
 for _op in SHAPES:
     _one = (
@@ -143,6 +148,8 @@ def _operations() -> Iterator[Case]:
             for shape in shapes:
                 for scale in SCALES:
                     yield Case(op, dtype, shape, scale, value)
+            if op in EXACT:
+                yield Case(op, dtype, EXACT[op], "scale1", value)
             for prop in others:
                 for shape in OTHER_SHAPES.get((op, prop), shapes[:1]):
                     yield Case(op, dtype, shape, "scale1", prop)

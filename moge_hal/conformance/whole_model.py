@@ -178,10 +178,11 @@ def unwritten(subject: Subject, case: Case) -> Verdict:
 
 
 def cache_full(subject: Subject, case: Case) -> Verdict:
-    """A step beyond the capacity is an error that writes nothing, and the last slot is usable.
+    """A step beyond the capacity is an error that writes nothing, and the last slot is usable, also
+    by a row that is padded in the same call.
 
     Guards against: a capacity off by one; writes that wrap around over the first tokens; an error
-    that leaves half a step behind.
+    that leaves half a step behind; padding that is written into the last slot.
     """
     model, oracle, ids, positions = _scene(subject, case, 2, 12)
     before, cache = play(model, ids[:, :8], positions[:, :8], [8], model.new_cache(2, 9))
@@ -192,7 +193,10 @@ def cache_full(subject: Subject, case: Case) -> Verdict:
     else:
         raise Failure("a step of 4 tokens into the last slot of a cache of 9 is no error")
     after, _ = play(model, ids[:, 8:9], positions[:, 8:9], [1], cache)
-    return oracle.check(before.then(after))
+    padded = torch.stack([(torch.arange(12) - 3).clamp_min(-1), torch.arange(12)])
+    padded[1, 9:] = -1
+    full, _ = play(model, ids, padded, [12], model.new_cache(2, 9))
+    return worst([oracle.check(before.then(after)), oracle.check(full)])
 
 
 def generate(subject: Subject, case: Case) -> Verdict:
