@@ -68,7 +68,8 @@ def no_sync(subject: Subject, case: Case) -> Verdict:
     device = subject.backend.device()
     if device.type != "cuda" or not torch.cuda.is_available():
         return Verdict(level="simulated")
-    scene(subject, case, prepared, lambda x: x.to(device), _watch_hardware)
+    for watch in (_call, _watch_hardware):  # libraries that start up may wait
+        scene(subject, case, prepared, lambda x: x.to(device), watch)
     return Verdict()
 
 
@@ -149,17 +150,22 @@ def _require_there(tree: Any, device: torch.device, what: str) -> None:
             raise Failure(f"{what} gives a tensor on {leaf.device}, must be on {device}")
 
 
-def _watch_hardware(function: Callable[..., Any], *given: Any) -> Any:
-    """NOT RUN YET, for want of a GPU: the same on a real one, where torch itself raises when it
-    waits for the device. The first call may wait, since libraries are started by it."""
-    before = torch.cuda.get_sync_debug_mode()
+def _call(function: Callable[..., Any], *given: Any) -> Any:
     with torch.inference_mode():
-        function(*given)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return function(*given)
-        except RuntimeError as error:
-            place = where(traceback.extract_tb(error.__traceback__))
-            raise Failure(f"{str(error).splitlines()[0]} ({place})") from error
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
+        return function(*given)
+
+
+def _watch_hardware(function: Callable[..., Any], *given: Any) -> Any:
+    """On a GPU, where torch itself raises when it waits for the device.
+
+    NOT RUN YET, for want of one.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        return _call(function, *given)
+    except RuntimeError as error:
+        place = where(traceback.extract_tb(error.__traceback__))
+        raise Failure(f"{str(error).splitlines()[0]} ({place})") from error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -118,12 +118,11 @@ EXACT = {
     "attention": "B2-S17-H6-Hkv2-d64-large",
     "experts": "T17-D40-F24-E15-G3-K6-cancel",
 }
-# A decode step has one token a row; what is recorded of it is another kernel than of many.
-for _op in SHAPES:
-    _one = (
-        SHAPES[_op][2].replace("B2-", "B3-") if _op in ("rotary", "attention") else SHAPES[_op][2]
-    )
-    OTHER_SHAPES[_op, "no-sync"] = [SHAPES[_op][0], _one]
+for _op, _shapes in SHAPES.items():
+    # A decode step has one token a row; what is recorded of it is another kernel than of many.
+    OTHER_SHAPES[_op, "no-sync"] = [_shapes[0], _shapes[2]]
+    # 64 tokens: kernels change at 8, 16 and 32 rows.
+    OTHER_SHAPES[_op, "bitwise"] = [_shapes[0], _shapes[5]]
 
 MODELS = (
     "model/f32/tiny-seed0/random",
