@@ -126,6 +126,39 @@ def test_a_fallback_says_why_and_composites_meet_it(asked: bool, weights: Weight
     assert not torch.equal(bind(TINY, weights, Twice())(IDS), model(IDS))
 
 
+@pytest.mark.parametrize("answer", ["", " ", True, False, 0, ["no"]])
+def test_why_not_answers_none_or_a_sentence(answer: Any, weights: Weights) -> None:
+    """False would mean "it cannot" to whoever reads it as a bool, and so would None to another."""
+    with pytest.raises(UserError) as error:
+        bind(TINY, weights, Twice(answer))
+    who = f"backend {Twice.__module__}:Twice answers why_not(linear) with {answer!r}"
+    rule = "None says that it can serve, a sentence says why it cannot"
+    assert str(error.value) == f"{who}; {rule}"
+
+
+class Unwritten(Backend):
+    """Says that it can, and cannot."""
+
+    name = "unwritten"
+    linear = staticmethod(ops.linear)  # what is no method is served as it is
+
+    def swiglu_ffn(self, x: Tensor, gate_up: Any, down: Any) -> Tensor:
+        raise NotImplementedError("no silu")
+
+
+def test_an_operation_that_is_not_written_is_laid_to_why_not(weights: Weights) -> None:
+    model = bind(TINY, weights, Unwritten())
+    with pytest.raises(UserError) as error:
+        model(IDS)
+    who = f"backend {Unwritten.__module__}:Unwritten says None in why_not(swiglu_ffn)"
+    what = f"swiglu_ffn raised NotImplementedError (no silu) at {__file__}:"
+    assert str(error.value).startswith(f"{who}, but {what}")
+    assert isinstance(error.value.__cause__, NotImplementedError)
+    overrides = {"swiglu_ffn": "default"}
+    fallback = bind(TINY, weights, Unwritten(), overrides=overrides)
+    assert torch.equal(fallback(IDS), bind(TINY, weights, Backend())(IDS))
+
+
 def test_strict_makes_a_fallback_an_error_unless_it_was_asked_for(weights: Weights) -> None:
     backend = Twice("its chip has no multiplier")
     with pytest.raises(UserError, match=r"twice cannot serve linear \(its chip has no multiplier"):

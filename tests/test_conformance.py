@@ -16,9 +16,9 @@ from moge_hal.bind import bind
 from moge_hal.config import preset
 from moge_hal.conformance import Outcome, Result, list_cases, run
 from moge_hal.conformance.caching import chunk_sizes, ragged_positions
-from moge_hal.conformance.cases import DTYPES, LETTERS, PROFILES, PROPERTIES, parse
-from moge_hal.conformance.listing import every_case
+from moge_hal.conformance.cases import DTYPES, LETTERS, PROPERTIES, parse
 from moge_hal.conformance.judging import OPERATION_PROPERTIES, judge
+from moge_hal.conformance.listing import every_case
 from moge_hal.conformance.subject import Subject
 from moge_hal.conformance.verdict import Failure, Skip
 from moge_hal.conformance.weights import random_weights
@@ -169,9 +169,11 @@ def test_a_failure_is_listed_with_its_size_and_the_command_that_replays_it(
     out = capsys.readouterr().out
     assert f"moge-hal conformance --backend {BROKEN} --filter '{wrong}'" in out
     assert f"limit {failed.limit:.2g}" in out
-    assert f"skipped on {BROKEN}: {skipped[0].id} and {len(skipped) - 1} more: computes in float32 only" in out
+    more = f"{skipped[0].id} and {len(skipped) - 1} more: computes in float32 only"
+    assert f"skipped on {BROKEN}: {more}" in out
     assert json.loads(json.dumps(result.data(), allow_nan=False))[0].keys() == {
         "id", "backend", "outcome", "error", "limit", "reason", "level", "seconds", "inputs",
+        "simulate",
     }  # fmt: skip
 
 

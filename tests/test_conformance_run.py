@@ -51,7 +51,7 @@ def test_a_profile_is_its_cases() -> None:
     assert set().union(*by_profile.values()) == set(list_cases())
     assert sum(map(len, by_profile.values())) == len(list_cases())
     assert {parse(id).prop for id in by_profile["train"]} == {"gradients", "train-step"}
-    with pytest.raises(UserError, match="no profile 'coer'.* Did you mean 'core'"):
+    with pytest.raises(UserError, match=r"no profile 'coer'.* Did you mean 'core'"):
         list_cases(profile="coer")
 
 

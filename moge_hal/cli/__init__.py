@@ -1,8 +1,10 @@
 """The command line. `app.py` has what all commands share, `models.py` those that run a model,
-`judge.py` those that judge a backend.
+`judge.py` and `bisect.py` those that judge a backend.
 """
 
-from moge_hal.cli import judge, models  # their commands register themselves
-from moge_hal.cli.app import app, main
+from moge_hal.cli import bisect, judge, models  # their commands register themselves
+from moge_hal.cli.app import app, example, main
 
-__all__ = ["app", "judge", "main", "models"]
+app.command("bisect", epilog=example("moge-hal bisect --backend my_chip:MyChip"))(bisect.bisect)
+
+__all__ = ["app", "bisect", "judge", "main", "models"]

@@ -45,7 +45,7 @@ def conformance(
     ] = None,
     golden: Annotated[
         list[Path] | None,
-        typer.Option(help="Judge on stored inputs and outputs instead: a .npz file; repeatable."),
+        typer.Option(help="Judge on stored cases instead: a .npz file or a folder; repeatable."),
     ] = None,
     only_list: Annotated[
         bool, typer.Option("--list", help="Print ids instead of judging.")
@@ -85,16 +85,17 @@ def conformance(
 
 def _golden(backend: str | None, files: list[Path], simulate: bool) -> int:
     """Judges stored cases; the exit code."""
-    from moge_hal.conformance.golden import judge_file
+    from moge_hal.conformance.golden_check import judge_file
     from moge_hal.conformance.session import split, subjects
     from moge_hal.conformance.verdict import Failure, Skip
 
     code = 0
+    cases = [file for path in files for file in (sorted(path.glob("*.npz")) or [path])]
     found, refused = subjects(None if backend is None else split(backend), simulate)
     for name, reason in refused.items():
         raise UserError(f"{name}: {reason}")
     for subject in found:
-        for file in files:
+        for file in cases:
             try:
                 verdict = judge_file(subject, file)
             except Failure as failure:
@@ -110,3 +111,73 @@ def _golden(backend: str | None, files: list[Path], simulate: bool) -> int:
                 size += "" if verdict.limit is None else f"limit {verdict.limit:.2g}"
                 print(f"passed on {subject.label}: {file}{size}")
     return code
+
+
+@app.command(epilog=example("moge-hal verify report/report.json"))
+def verify(
+    report: Annotated[Path, typer.Argument(help="A report.json that somebody handed over.")],
+    draw: Annotated[int, typer.Option(help="How many cases of a backend to run again.")] = 25,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the draw, to repeat one; left out, a new one.")
+    ] = None,
+    allow_import: Annotated[
+        bool,
+        typer.Option("--allow-import", help="Import a backend that it names package.module:Class."),
+    ] = False,
+) -> None:
+    """Check that a report is whole and sound, and run cases drawn from it again on this machine.
+    Exit code 1: it is not, or could not be confirmed."""
+    from moge_hal.conformance.verify import verify as check
+
+    found = check(report, draw, seed, allow_import)
+    print(found.report())
+    raise typer.Exit(found.exit_code)
+
+
+@app.command(epilog=example("moge-hal matrix cpu/report.json onnx/report.json"))
+def matrix(
+    reports: Annotated[list[Path], typer.Argument(help="Files report.json.")],
+    readme: Annotated[
+        Path | None,
+        typer.Option(help="Put the table between the two markers of this Markdown file."),
+    ] = None,
+    only_check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit code 1: the file says otherwise.")
+    ] = False,
+) -> None:
+    """Write the table of what runs where, from reports of the suite."""
+    from moge_hal.conformance.matrix import in_readme
+    from moge_hal.conformance.matrix import matrix as table_of
+    from moge_hal.files import write_file
+
+    table = table_of(reports)
+    if readme is None:
+        print(table)
+        return
+    try:
+        old = readme.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{readme} cannot be read: {error}") from None
+    new = in_readme(old, table)
+    if only_check and new != old:
+        print(
+            f"{readme} has another table than these reports; `moge-hal matrix` without --check "
+            f"writes this one:\n\n{table}"
+        )
+        raise typer.Exit(1)
+    if new != old:
+        write_file(readme, new.encode())
+
+
+@app.command("new-backend", epilog=example("moge-hal new-backend mychip"))
+def new_backend(
+    name: Annotated[str, typer.Argument(help="What MOGE_HAL_BACKEND will be set to.")],
+    into: Annotated[Path, typer.Option(help="The folder to make moge-hal-NAME in.")] = Path("."),
+) -> None:
+    """Write the package of a new backend: complete, and passing from the first minute."""
+    from moge_hal.scaffold import new_backend as write
+
+    folder = write(name, into)
+    note(
+        f"{folder}: its README.md says what to do; first: cd {folder} && pip install -e . && pytest"
+    )

@@ -63,8 +63,7 @@ PROPERTIES = {
     "model": "one-pass decode chunks last-only batch long ragged two-caches stale unwritten "
     "cache-full dtype generate train-step bitwise no-sync",
 }
-# What a backend claims is a profile; what is not named here is core.
-PROFILES = ("core", "train", "capture", "bitwise")
+# The profile of a property, which is what a backend claims; what is not named here is core.
 _PROFILE = {
     "gradients": "train",
     "train-step": "train",

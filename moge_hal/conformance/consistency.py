@@ -7,19 +7,20 @@ says is true is for `verify.py` to find out.
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
-from moge_hal.conformance.cases import DTYPES, PROFILES, Case
+from moge_hal.conformance.cases import DTYPES, Case
 from moge_hal.conformance.provenance import suite_hash
 from moge_hal.conformance.report import Report, Reported
 from moge_hal.conformance.result import WORDS, Outcome, Selection
 from moge_hal.conformance.selection import select
-from moge_hal.registry import LEVELS
+from moge_hal.registry import LEVELS, PROFILES
 
 
 def faults(report: Report) -> list[str]:
     """A sentence for everything that is missing or contradictory; none if the report is sound."""
     ours = suite_hash()
     if report.suite.hash != ours:  # anything else said of it would be about another list
-        commit = f", that of commit {report.git.commit}" if report.git else ""
+        at = report.git.commit if report.git and not report.git.dirty else ""
+        commit = f" (commit {at})" if at else ""
         return [
             f"it was made by suite {report.suite.hash}, and this moge_hal has suite {ours}: "
             f"use the moge_hal that made it{commit}, or judge again"
@@ -97,10 +98,11 @@ def _backend(report: Report, backend: Reported, cases: dict[str, Case]) -> Itera
         yield f"{name}: {fault}: {_some(ids)}"
 
 
-# What the chip of a backend that comes with moge_hal cannot be reached without.
+# What the chip of a backend that comes with moge_hal cannot be reached without: by its package, a
+# distribution and how its version must not end (None: it must be there).
 _NEEDS = {
-    "moge_hal.backends.cuda:CudaBackend": ("torch", "+cpu", "a torch that has no CUDA"),
-    "moge_hal.backends.ascend:AscendBackend": ("torch-npu", "", "no torch-npu"),
+    "moge_hal.backends.cuda": ("torch", "+cpu", "a torch that has no CUDA"),
+    "moge_hal.backends.ascend": ("torch-npu", None, "no torch-npu"),
 }
 
 
@@ -113,10 +115,10 @@ def _claims(report: Report, backend: Reported) -> Iterator[str]:
         for word in words:
             if word not in known:
                 yield f"{backend.name}: there is no {kind} {word!r}"
-    if backend.level == "real" and backend.kind in _NEEDS:
-        package, wrong, said = _NEEDS[backend.kind]
-        number = report.versions.get(package, "")
-        if number.endswith(wrong) if wrong else not number:
+    for package, (name, wrong, said) in _NEEDS.items():
+        number = report.versions.get(name)
+        lacks = number is None if wrong is None else (number or "").endswith(wrong)
+        if backend.level == "real" and backend.kind.startswith(package) and lacks:
             yield f"{backend.name}: it says that it ran on its real chip, with {said}"
 
 
@@ -133,7 +135,7 @@ def _outcome(backend: Reported, case: Case, outcome: Outcome) -> Iterator[str]:
         yield "passed without a digest of its inputs"
     if word != "passed" and not outcome.reason.strip():
         yield f"{word} without a reason"
-    if word == "skipped" and held(backend, case) and not _may_skip(backend, case, outcome.reason):
+    elif word == "skipped" and held(backend, case) and not _may_skip(backend, case, outcome.reason):
         yield f"skipped ({outcome.reason}), which the backend claims"
     # What can be captured is proved on tensors without data, wherever it is proved.
     seen = "simulated" if word == "passed" and case.profile == "capture" else backend.level

@@ -25,7 +25,7 @@ from moge_hal.errors import UserError, close_matches
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 KEYS = ("case", "backend", "reason")
 

@@ -43,13 +43,19 @@ def by_property(outcomes: Iterable[Outcome], cell: Callable[[list[Outcome]], str
         for op in ops:
             down = [d for d in DTYPES if any((op, d, name) in cells for name in across)]
             for i, dtype in enumerate(down):
-                first = f'<th scope="rowgroup" rowspan="{len(down)}">{op}</th>' if i == 0 else ""
+                first = (
+                    f'<th class="op" scope="rowgroup" rowspan="{len(down)}">{op}</th>'
+                    if i == 0
+                    else ""
+                )
                 found = (cells.get((op, dtype, name)) for name in across)
                 tds = "".join(cell(held) if held else "<td></td>" for held in found)
                 edge = ' class="edge"' if i == 0 else ""
                 rows.append(f'<tr{edge}>{first}<th scope="row">{dtype}</th>{tds}</tr>')
         if rows:
-            head = f'<tr><th scope="col">{title}</th><th scope="col">dtype</th>{heads}</tr>'
+            head = (
+                f'<tr><th class="op" scope="col">{title}</th><th scope="col">dtype</th>{heads}</tr>'
+            )
             tables.append(_scrolling(title, f"<thead>{head}</thead><tbody>{''.join(rows)}</tbody>"))
     return "".join(tables)
 
@@ -109,9 +115,11 @@ def by_shape(outcomes: Iterable[Outcome]) -> str:
             found = (worst.get((op, shape, dtype, scale)) for dtype, scale in across)
             tds = "".join("<td></td>" if margin is None else heat(margin) for margin in found)
             edge, before = (' class="edge"' if op != before else ""), op
-            rows.append(f'<tr{edge}><th scope="row">{op} <small>{shape}</small></th>{tds}</tr>')
+            rows.append(
+                f'<tr{edge}><th class="op" scope="row">{op} <small>{shape}</small></th>{tds}</tr>'
+            )
         if rows:
-            head = f'<tr><th scope="col">{title}</th>{heads}</tr>'
+            head = f'<tr><th class="op" scope="col">{title}</th>{heads}</tr>'
             body = f"<thead>{head}</thead><tbody>{''.join(rows)}</tbody>"
             tables.append(_scrolling(f"{title} by shape", body))
     return "".join(tables)

@@ -10,7 +10,7 @@ from torch import Tensor
 from moge_hal.backend import Backend
 from moge_hal.conformance.cases import Case
 from moge_hal.conformance.inputs import Args, draw
-from moge_hal.conformance.limits import LEAST, lean_limit, lean_of, limit, worst_row
+from moge_hal.conformance.limits import lean_limit, lean_of, limit, worst_row
 from moge_hal.conformance.oracle import Outputs, Permuted, exact, run, weights_for, widen
 from moge_hal.conformance.routing import check_route
 from moge_hal.conformance.verdict import Failure, Verdict
@@ -72,7 +72,7 @@ def _allowance(
         return Allowance(dtype, 0.0)
     pairs = list(zip(answers, exacts, strict=True))
     p = max(_error(op, got, want) for got, want in pairs)
-    if dtype == torch.float32 or answers[0].numel() < LEAST:
+    if dtype == torch.float32:
         return Allowance(dtype, limit(p, dtype, n) + exponent)
     lean = lean_limit(max(lean_of(got, want) for got, want in pairs), dtype)
     return Allowance(dtype, limit(p, dtype, n) + exponent, lean)
@@ -139,7 +139,7 @@ def check(
         error = _error(case.op, has, must)
         if error > allowance.limit:
             raise Failure(f"{name} is wrong in its worst row", error, allowance.limit)
-        lean = lean_of(has, must) if has.numel() >= LEAST else 0.0
+        lean = lean_of(has, must)
         if lean > allowance.lean:
             raise Failure(f"{name} is rounded to one side", lean, allowance.lean)
         verdicts.append(Verdict(error, allowance.limit))

@@ -1,16 +1,16 @@
 // The table of all cases: filter, sort, more. Cells of the other tables and links set its filter.
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
-const WORDS = { passed: "✓", failed: "✗", deviates: "≈", skipped: "–" };
 const rows = data.rows.map(([b, id, outcome, error, limit, seconds, reason, level, command]) => ({
   backend: data.backends[b],
   id: data.ids[id],
   outcome: data.words[outcome],
+  mark: data.marks[outcome],
   error, limit, seconds,
   margin: error !== null && limit ? error / limit : null,
   reason: data.reasons[reason],
   level: data.levels[level],
-  command: data.commands[command].replace("ID", data.ids[id]),
+  command: data.commands[command].replace("{id}", data.ids[id]),
 }));
 const $ = (id) => document.getElementById(id);
 const query = $("query"), backend = $("backend"), outcome = $("outcome");
@@ -85,7 +85,7 @@ function show() {
     cell(tr, row.backend);
     const mark = document.createElement("span");
     mark.className = `mark ${row.outcome}`;
-    mark.textContent = `${WORDS[row.outcome]} ${row.outcome}`;
+    mark.textContent = `${row.mark} ${row.outcome}`;
     const td = cell(tr, "");
     td.append(mark);
     if (row.level !== "real" && row.outcome !== "skipped") td.append(` ${row.level}`);

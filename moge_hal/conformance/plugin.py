@@ -113,7 +113,7 @@ class Reporter:
             self.not_collected.append(report.longreprtext)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        found = {
+        found: dict[str, Any] = {
             name.removeprefix(_FIELD): value
             for name, value in report.user_properties
             if name.startswith(_FIELD)

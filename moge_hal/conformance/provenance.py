@@ -5,7 +5,6 @@ Nothing here names a person, a host or a folder: reports are made to be handed o
 
 import platform
 import subprocess
-import sys
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
@@ -143,8 +142,9 @@ def machine() -> Machine:
 
 def _processor() -> str:
     """Its name: Python's own function knows none on Linux."""
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines():
+    table = Path("/proc/cpuinfo")
+    if table.is_file():
+        for line in table.read_text("utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

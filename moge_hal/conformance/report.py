@@ -105,7 +105,7 @@ def write(folder: Path, result: Result, started: float, seconds: float) -> None:
 
     Raises `UserError` if they cannot be written.
     """
-    from moge_hal.conformance.page import render
+    from moge_hal.conformance.page import render  # which reads reports, and so imports this module
 
     report = Report.of(result, started, seconds)
     text = json.dumps(report.data(), indent=1, allow_nan=False, ensure_ascii=False)

@@ -26,6 +26,7 @@ class Outcome:
     level: str = "real"  # what it ran on (`levels.py`)
     seconds: float = 0.0
     inputs: str = ""  # digest of the case's inputs
+    simulate: bool = False  # the backend's code, on the CPU (`--simulate`)
 
     @staticmethod
     def of(
@@ -55,7 +56,7 @@ class Outcome:
     @property
     def replay(self) -> str:
         """The command that runs this case alone."""
-        simulate = " --simulate" if self.level == "simulated" and self.profile != "capture" else ""
+        simulate = " --simulate" if self.simulate else ""
         return f"moge-hal conformance --backend {self.backend}{simulate} --filter '{self.id}'"
 
 

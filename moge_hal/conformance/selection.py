@@ -7,10 +7,11 @@ nothing.
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from moge_hal.conformance.cases import DTYPES, PROFILES, PROPERTIES, Case, parse
+from moge_hal.conformance.cases import DTYPES, PROPERTIES, Case, parse
 from moge_hal.conformance.listing import every_case, is_quick
 from moge_hal.conformance.result import Selection
 from moge_hal.errors import UserError, close_matches
+from moge_hal.registry import PROFILES
 
 
 def select(selection: Selection) -> list[Case]:

@@ -61,7 +61,7 @@ class Session:
         self.options = options
         self.cases = select(options.selection)
         self.deviations = (
-            Deviations(()) if options.deviations is None else Deviations.read(options.deviations)
+            Deviations() if options.deviations is None else Deviations.read(options.deviations)
         )
         self.subjects, self.refused = subjects(options.backends, options.simulate)
         if not self.subjects:
@@ -105,6 +105,7 @@ class Session:
             level=level or subject.level,
             seconds=round(seconds, 4),
             inputs=digest(case),
+            simulate=self.options.simulate,
         )
 
     def result(self, outcomes: Iterable[Outcome]) -> Result:

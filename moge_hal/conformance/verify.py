@@ -105,12 +105,16 @@ def _check(report: Report, backend: Reported, found: Verification, allow_import:
         word = "failed" if said.outcome == "deviates" else said.outcome
         if outcome.outcome != word:
             why = f" ({outcome.reason})" if outcome.reason else ""
-            found.wrong.append(f"{backend.name}: {said.id} {word}, and {outcome.outcome} here{why}")
+            found.wrong.append(
+                f"{backend.name}: {said.id} {said.outcome}, and {outcome.outcome} here{why}"
+            )
     counts = ", ".join(f"{count} {word}" for word, count in backend.counts.items() if count)
-    level = f"{backend.device}, {backend.level}"
+    offset = report.suite.selection.seed_offset
+    inputs = f" on the inputs of --seed-offset {offset}" if offset else ""
     if not found.wrong:
         found.told.append(
-            f"{backend.name} ({level}): {counts}; {len(drawn)} cases came to the same here"
+            f"{backend.name} ({backend.device}, {backend.level}): {counts}{inputs}; "
+            f"{len(drawn)} cases came to the same here"
         )
 
 

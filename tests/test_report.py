@@ -1,0 +1,313 @@
+"""Reports: what a run writes, what can be read again, and the page that shows it."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reports import changed, judged, whole, with_outcomes
+
+from moge_hal.conformance import page, provenance, run
+from moge_hal.conformance.report import Report, document, read
+from moge_hal.conformance.result import Outcome, Selection
+from moge_hal.errors import UserError
+
+VALUE = "linear/f32/T17-I40-O56/scale1/value"
+PAGE = Path(page.__file__)
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    """Of the whole suite, on two backends."""
+    return whole(judged(), judged("other", level="simulated", claims=["core"], dtypes=["float32"]))
+
+
+def put(path: Path, data: Any) -> Path:
+    path.write_text(data if isinstance(data, str) else json.dumps(data), "utf-8")
+    return path
+
+
+# Writing and reading
+
+
+def test_a_run_writes_what_it_found_and_reads_it_again(tmp_path: Path) -> None:
+    filters = ["linear/f32/*/value", "linear/f32/*/bitwise"]
+    result = run("null", filters, report=tmp_path / "out", echo=False)
+    written = read(tmp_path / "out" / "report.json")
+    assert written.outcomes == list(result.outcomes)
+    assert written.suite.selection == Selection(filters)
+    assert written.suite.cases == len({o.id for o in result.outcomes})
+    (backend,) = written.backends
+    assert backend.name == "null" and backend.level == "real"
+    assert backend.counts["passed"] == sum(o.outcome == "passed" for o in result.outcomes) > 20
+    assert backend.counts["skipped"] > 0
+    assert written.versions["torch"] and written.machine.threads >= 1 and written.seconds > 0
+    html = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert VALUE in html and written.suite.hash in html
+    again = document(result, 1.7e9, written.seconds)
+    assert again["started"] == "2023-11-14T22:13:20+00:00"
+    assert again == {**written.data(), "started": again["started"]}
+
+
+def test_a_report_says_nothing_of_who_made_it(report: Report) -> None:
+    text = json.dumps(report.data())
+    assert str(Path.home()) not in text and str(Path.cwd()) not in text
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda d: "", "is not JSON, or was cut off"),
+        (lambda d: json.dumps(d)[:-300], "is not JSON, or was cut off"),
+        (lambda d: [], "it is [], must be an object"),
+        (lambda d: {**d, "format": 2}, "of format 2, and this moge_hal reads format 1"),
+        (lambda d: {**d, "format": True}, "it.format is true, must be a whole number"),
+        (lambda d: {k: v for k, v in d.items() if k != "suite"}, "it has no 'suite'"),
+        (lambda d: {**d, "score": 100}, "it has 'score', which does not belong there"),
+        (lambda d: {**d, "seconds": "fast"}, 'it.seconds is "fast", must be a number'),
+        (lambda d: {**d, "git": "abc"}, 'it.git is "abc", must be an object'),
+        (lambda d: {**d, "outcomes": {}}, "it.outcomes is {}, must be a list"),
+        (lambda d: {**d, "versions": {"torch": 2.1}}, "it.versions.torch is 2.1, must be text"),
+        (lambda d: {**d, "backends": d["backends"] * 2}, "the backend 'null' is in it twice"),
+        (lambda d: json.dumps(d).replace("1e-06", "NaN"), "NaN is no number in JSON"),
+        (lambda d: json.dumps(d).replace("1e-06", "1e999"), "1e999 is too large a number"),
+        (lambda d: json.dumps(d).replace("12.5", "9" * 5000), "no JSON that can be read"),
+        (lambda d: "[" * 100_000, "no JSON that can be read"),
+        (
+            lambda d: json.dumps(d).replace('"passed", "error"', '"won", "error"'),
+            'it.outcomes[0].outcome is "won", must be passed or failed or skipped or deviates',
+        ),
+        (
+            lambda d: json.dumps(d).replace('"level"', '"id": "x", "level"'),
+            "the key 'id' is there twice",
+        ),
+    ],
+    ids=range(18),
+)
+def test_what_is_no_report_is_one_sentence(spoil: Any, reason: str, tmp_path: Path) -> None:
+    short = whole(selection=Selection(["linear/f32/T1-*/value"]))
+    with pytest.raises(UserError) as error:
+        read(put(tmp_path / "r.json", spoil(short.data())))
+    assert reason in str(error.value) and str(tmp_path / "r.json") in str(error.value)
+    assert str(error.value).count("\n") == 0
+    assert read(put(tmp_path / "r.json", short.data())) == short
+
+
+def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        read(tmp_path / "none.json")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="not UTF-8 at byte 0"):
+        read(tmp_path / "binary")
+
+
+# Where it comes from
+
+
+def test_the_hash_covers_what_judges_and_nothing_else() -> None:
+    """What the suite imports is hashed, but for what only reads files or tells of it."""
+    code = (
+        "import sys, moge_hal.conformance.test_suite, moge_hal.conformance.session;"
+        "print(*[name for name in sys.modules if name.startswith('moge_hal.')])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = {name.removeprefix("moge_hal.").replace(".", "/") for name in said.stdout.split()}
+    telling = {"conformance", "conformance/plugin", "conformance/result", "errors", "registry"}
+    files = {"checkpoint", "files", "loading", "shards", "tokenizer"}  # inputs have digests
+    assert found - telling - files == set(provenance.SOURCES)
+
+
+def test_the_hash_sees_a_change_and_no_line_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = provenance.suite_hash()
+    assert re.fullmatch("[0-9a-f]{16}", before)
+    here = Path(provenance.__file__).parents[1]
+    for name in provenance.SOURCES:
+        text = (here / f"{name}.py").read_bytes().replace(b"\r\n", b"\n")
+        copy = tmp_path / f"{name}.py"
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(text.replace(b"\n", b"\r\n"))
+    monkeypatch.setattr(provenance, "_PACKAGE", tmp_path)
+    assert provenance.suite_hash() == before
+    with (tmp_path / "conformance" / "limits.py").open("ab") as file:
+        file.write(b"_TINY = 1.0\n")
+    assert provenance.suite_hash() != before
+
+
+def test_the_checkout_is_that_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*words: str) -> None:
+        names = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        subprocess.run(
+            ["git", "-C", str(tmp_path), *names, *words], check=True, capture_output=True
+        )
+
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(provenance, "_PACKAGE", package)
+    assert provenance.git() is None
+    git("init")
+    assert provenance.git() is None  # installed inside a checkout of something else
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = provenance.git()
+    assert clean is not None and re.fullmatch("[0-9a-f]{40,64}", clean.commit) and not clean.dirty
+    (package / "report.json").write_text("{}")
+    assert provenance.git() == clean
+    (package / "backend.py").write_text("")
+    assert provenance.git() == replace(clean, dirty=True)
+
+
+# The page
+
+
+class Reader(HTMLParser):
+    """Checks that elements are closed in the order in which they were opened; keeps what it saw."""
+
+    VOID = ("meta", "br", "input")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        self.links += [value or "" for name, value in attrs if name in ("href", "src")]
+        if tag not in (*self.VOID, "wbr"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def data_of(html: str) -> dict[str, Any]:
+    found = re.search(r'id="data">(.*?)</script>', html, re.DOTALL)
+    assert found
+    data: dict[str, Any] = json.loads(found[1])
+    return data
+
+
+def test_the_page_is_whole_and_needs_nothing_else(report: Report) -> None:
+    html = page.render(report)
+    seen = Reader(html)
+    assert len(set(seen.ids)) == len(seen.ids)
+    assert all(link[0] == "#" and link[1:] in seen.ids for link in seen.links) and seen.links
+    assert "://" not in html and "url(" not in html and "@import" not in html
+    script = PAGE.with_suffix(".js").read_text("utf-8")
+    assert set(re.findall(r'\$\("(\w+)"\)', script)) <= set(seen.ids)
+    rows = data_of(html)["rows"]
+    assert len(rows) == len(report.outcomes) > 2000
+
+
+def test_the_page_of_many_backends_stays_small() -> None:
+    many = [judged(f"package{i}.module:Backend", dtypes=["float32"] if i else ["bfloat16"])
+            for i in range(6)]  # fmt: skip
+    assert len(page.render(whole(*many)).encode()) < 1_500_000
+
+
+def test_the_page_shows_every_case_in_its_cell(report: Report) -> None:
+    html = page.render(report)
+    section = html.partition('id="b0"')[2].partition("</section>")[0]
+    for dtype in ("f32", "bf16", "f16"):
+        which = f"linear/{dtype}/*/value"
+        count = sum(
+            o.backend == "null" and o.id.startswith(f"linear/{dtype}/") and o.id.endswith("/value")
+            for o in report.outcomes
+        )
+        assert f'data-q="{which}" title="{which}: {count} passed">✓\u202f{count}<' in section
+    assert "✓\u202f1<" in section and "○\u202f1<" in section  # others passed, bitwise is skipped
+    assert ">25</a>" in section  # 2.5e-7 of 1e-6, in percent
+
+
+def test_the_page_tells_failures_deviations_and_refusals(report: Report) -> None:
+    failing = changed(
+        report, VALUE, outcome="failed", error=3e-4, limit=1e-6, reason="wrong in its worst row"
+    )
+    failing = changed(
+        failing,
+        "embed/f32/T17-V259-D40/scale1/value",
+        outcome="deviates",
+        reason="until firmware 3",
+    )
+    failing = replace(failing, refused={"ascend": "no torch-npu"}, broken=["line 3 was not met"])
+    html = page.render(failing)
+    Reader(html)
+    replay = f"moge-hal conformance --backend null --filter &#x27;{VALUE}&#x27;"
+    for part in ("wrong in its worst row", "error 0.0003, limit 1e-06", replay, "until firmware 3",
+                 "no torch-npu", "line 3 was not met", "✗\u202f3e4<"):  # fmt: skip
+        assert part in html, part
+    null = failing.backends[0]
+    assert page.verdict(failing, null).startswith("fails: 1 failed, ")
+    commands = {outcome.replay.replace(outcome.id, "{id}") for outcome in failing.outcomes}
+    assert set(data_of(html)["commands"]) == commands
+
+
+def test_the_headline_says_what_it_is_said_of(report: Report) -> None:
+    total = report.suite.cases
+    null, other = report.backends
+    passed, skipped = null.counts["passed"], null.counts["skipped"]
+    said = page.verdict(report, null)
+    assert (
+        said == f"passes: {passed:,} passed, {skipped} skipped of all {total:,} cases of the suite"
+    )
+    assert "simulated" in page.render(report) and other.level == "simulated"
+    part = whole(selection=Selection(["linear/f32/T1-*/value"]))
+    assert page.verdict(part, part.backends[0]).endswith(
+        "3 cases that were selected (filter linear/f32/T1-*/value)"
+    )
+    none = with_outcomes(
+        part, [Outcome(o.id, "null", "skipped", reason="x") for o in part.outcomes]
+    )
+    assert page.verdict(none, none.backends[0]).startswith("fails: nothing passed")
+
+
+def test_a_name_or_a_reason_is_no_markup() -> None:
+    evil = "</script><script>alert(1)</script>"
+    report = whole(
+        judged(f"x:{evil}", device=evil, source=evil),
+        selection=Selection(["linear/f32/T1-*"]),
+    )
+    report = changed(report, report.outcomes[0].id, outcome="failed", reason=evil)
+    report = changed(report, report.outcomes[1].id, outcome="skipped", reason=evil)
+    html = page.render(replace(report, refused={evil: evil}, broken=[evil]))
+    assert Reader(html).tags.count("script") == 2 and evil not in html
+    assert evil in data_of(html)["reasons"]
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_its_ground(scheme: str) -> None:
+    """Contrast of at least 4.5 (WCAG 2.1, 1.4.3), in both schemes."""
+    css = PAGE.with_suffix(".css").read_text("utf-8")
+    light, dark = (dict(re.findall(r"--([\w-]+): (#\w{6});", part))
+                   for part in re.findall(r":root \{(.*?)\}", css, re.DOTALL))  # fmt: skip
+    assert light.keys() == dark.keys()
+    colours = light if scheme == "light" else dark
+    words = ("passed", "failed", "deviates", "skipped")
+    pairs = [(f"{word}-ink", word) for word in words]
+    pairs += [(f"{word}-ink", "panel") for word in ("passed", "failed")]
+    pairs += [(ink, ground) for ink in ("ink", "soft", "link") for ground in ("panel", "ground")]
+    pairs += [("ink", "heat")]
+    for ink, ground in pairs:
+        dim, bright = sorted((luminance(colours[ink]), luminance(colours[ground])))
+        assert (bright + 0.05) / (dim + 0.05) >= 4.5, (ink, ground)

@@ -1,0 +1,316 @@
+"""Reports of others: what is incomplete, contradictory or untrue is found, and nothing else."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from reports import NULL, changed, judged, outcome, whole, with_outcomes
+from torch import Tensor
+
+from moge_hal.backend import Backend
+from moge_hal.conformance.consistency import faults
+from moge_hal.conformance.report import Report, Reported, Suite
+from moge_hal.conformance.result import Judged, Selection
+from moge_hal.conformance.selection import select
+from moge_hal.conformance.verify import Verification, verify
+from moge_hal.errors import UserError
+from moge_hal.registry import find
+
+VALUE = "linear/f32/T17-I40-O56/scale1/value"
+BITWISE = "linear/f32/T17-I40-O56/scale1/bitwise"
+
+
+class Wrong(Backend):
+    """Its linear layers are a thousandth off, and so is whatever is made of them."""
+
+    name = "wrong"
+    dtypes = (torch.float32,)
+    claims = ("core",)
+
+    def linear(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        return super().linear(x, w, b) * (1 + 1e-3)
+
+
+WRONG = f"{__name__}:Wrong"
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    """An honest one."""
+    return whole()
+
+
+def put(folder: Path, report: Report) -> Path:
+    path = folder / "report.json"
+    path.write_text(json.dumps(report.data()), "utf-8")
+    return path
+
+
+def backend(report: Report, **fields: object) -> Report:
+    """The report with another description of its (only) backend."""
+    (only,) = report.backends
+    return replace(report, backends=[Reported(**{**vars(only), **fields})])
+
+
+def suite(report: Report, **fields: object) -> Report:
+    return replace(report, suite=Suite(**{**vars(report.suite), **fields}))
+
+
+def test_an_honest_report_is_verified(report: Report, tmp_path: Path) -> None:
+    found = verify(put(tmp_path, report), draw=6)
+    assert found.exit_code == 0 and not found.wrong and not found.open
+    lines = found.report().splitlines()
+    assert lines[0].startswith("null (CPU, plain torch, real): ")
+    assert lines[0].endswith("6 cases came to the same here")
+    assert lines[-1] == f"VERIFIED: {tmp_path / 'report.json'} (draw 6, seed {found.seed})"
+
+
+def test_the_seed_repeats_the_draw_and_a_new_one_is_another(
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[str, ...]] = []
+
+    def seen(*args: object, **more: object) -> object:
+        drawn.append(tuple(args[1]))  # type: ignore[arg-type]
+        raise UserError("seen enough")
+
+    monkeypatch.setattr("moge_hal.conformance.verify.run", seen)
+    path = put(tmp_path, report)
+    first = verify(path)
+    verify(path, seed=first.seed)
+    verify(path)
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(set(drawn[0])) == 25
+    with pytest.raises(UserError, match="draw = 0 must be a whole number of at least 1"):
+        verify(path, draw=0)
+
+
+SPOILED: list[tuple[Callable[[Report], Report], str]] = [
+    (lambda r: suite(r, hash="0" * 16), f"it was made by suite {'0' * 16}, and this moge_hal has"),
+    (lambda r: suite(r, selection=Selection(quick=True)), "a part of the suite was run (--quick)"),
+    (
+        lambda r: suite(r, selection=Selection(["linear/*"], "core")),
+        "a part of the suite was run (--filter 'linear/*' --profile core)",
+    ),
+    (lambda r: suite(r, cases=3), "it says that there are 3 cases, and the suite has "),
+    (lambda r: replace(r, backends=[], outcomes=[]), "it holds no backend that was judged"),
+    (lambda r: backend(r, name="cpu"), "it holds outcomes of null, which is not among its back"),
+    (lambda r: with_outcomes(r, []), "null: it is among the backends and has no outcomes"),
+    (
+        lambda r: with_outcomes(r, r.outcomes[5:]),
+        f"null: missing: {next(iter(select(Selection()))).id} and 4 more",
+    ),
+    (
+        lambda r: with_outcomes(r, [*r.outcomes, r.outcomes[0]]),
+        "null: more than once: embed/f32/T17-V259-D40/scale0.01/value",
+    ),
+    (
+        lambda r: with_outcomes(r, [*r.outcomes, replace(r.outcomes[0], id="linear/easy")]),
+        "null: not in the suite: linear/easy",
+    ),
+    (
+        lambda r: backend(r, counts={**r.backends[0].counts, "passed": 9999}),
+        "null: it says 9999 passed, 0 failed, ",
+    ),
+    (
+        lambda r: changed(r, VALUE, error=2e-6),
+        f"null: passed with an error above its limit: {VALUE}",
+    ),
+    (
+        lambda r: changed(r, VALUE, limit=None),
+        f"null: passed with an error above its limit: {VALUE}",
+    ),
+    (lambda r: changed(r, VALUE, error=-1.0), f"null: with an error or a limit below 0: {VALUE}"),
+    (lambda r: changed(r, VALUE, inputs=""), "null: passed without a digest of its inputs: "),
+    (
+        lambda r: changed(r, VALUE, inputs="0123456789abcdef"),
+        "inputs with more than one digest: linear/f32/T17-I40-O56/scale1",
+    ),
+    (
+        lambda r: changed(r, VALUE, outcome="skipped", error=None, limit=None, reason=" "),
+        f"null: skipped without a reason: {VALUE}",
+    ),
+    (
+        lambda r: changed(r, VALUE, outcome="failed", error=1.0),
+        f"null: failed without a reason: {VALUE}",
+    ),
+    (
+        lambda r: changed(r, VALUE, outcome="skipped", reason="does not claim the profile core"),
+        f"null: skipped (does not claim the profile core), which the backend claims: {VALUE}",
+    ),
+    (
+        lambda r: changed(r, VALUE, outcome="skipped", reason="linear: too hard"),
+        "null: skipped (linear: too hard), which the backend claims",  # graph backends may
+    ),
+    (
+        lambda r: changed(r, BITWISE, outcome="passed", reason=""),
+        f"null: passed, which the backend neither claims nor computes in: {BITWISE}",
+    ),
+    (
+        lambda r: backend(r, level="simulated"),
+        "null: at level real, which can only be simulated: ",
+    ),
+    (
+        lambda r: changed(r, VALUE, level="emulated"),
+        f"null: at level emulated, which can only be real: {VALUE}",
+    ),
+    (lambda r: whole(judged(level="better")), "null: there is no level 'better'"),
+    (lambda r: backend(r, claims=["core", "train", "speed"]), "null: there is no profile 'speed'"),
+    (
+        lambda r: replace(
+            backend(r, kind="moge_hal.backends.cuda:X"), versions={"torch": "2.13.0+cpu"}
+        ),
+        "null: it says that it ran on its real chip, with a torch that has no CUDA",
+    ),
+    (
+        lambda r: backend(r, kind="moge_hal.backends.ascend:AscendBackend"),
+        "null: it says that it ran on its real chip, with no torch-npu",
+    ),
+]
+
+
+@pytest.mark.parametrize(("spoil", "reason"), SPOILED, ids=range(len(SPOILED)))
+def test_a_spoiled_report_is_rejected_before_anything_runs(
+    spoil: Callable[[Report], Report],
+    reason: str,
+    report: Report,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr("moge_hal.conformance.verify.run")
+    found = verify(put(tmp_path, spoil(report)))
+    assert any(reason in sentence for sentence in found.wrong), found.wrong
+    assert found.exit_code == 1 and "VERIFIED" not in found.report().upper()
+    assert found.report().splitlines()[-1].startswith("REJECTED: ")
+
+
+def test_one_fault_of_many_cases_is_one_sentence(report: Report) -> None:
+    assert faults(report) == []
+    passed = report.backends[0].counts["passed"]
+    doubled = [replace(o, error=o.error and 8 * o.error) for o in report.outcomes]
+    (fault,) = faults(with_outcomes(report, doubled))
+    assert fault.startswith("null: passed with an error above its limit: embed/f32/")
+    assert fault.endswith(f" and {passed - 1} more")
+
+
+def test_what_a_graph_backend_may_skip() -> None:
+    graph = judged(graph=True, claims=["core"], dtypes=["float32"])
+    skips = {
+        VALUE: "linear: needs even sizes",
+        "attention/f32/B2-S17-H6-Hkv2-d8/scale1/unwritten": "its cache has no slots",
+    }
+    report = whole(graph)
+    for id, reason in skips.items():
+        skip = {"outcome": "skipped", "error": None, "limit": None, "reason": reason}
+        report = changed(report, id, **skip)
+    assert faults(report) == []
+    claims_more = [Reported(**{**vars(report.backends[0]), "claims": ["core", "train"]})]
+    assert any("gradients" in fault for fault in faults(replace(report, backends=claims_more)))
+
+
+def test_what_can_be_captured_is_proved_without_the_chip() -> None:
+    report = whole(judged(claims=["core", "train", "capture"]))
+    assert faults(report) == []
+    id = "linear/f32/T17-I40-O56/scale1/no-sync"
+    assert faults(changed(report, id, level="real")) == [
+        f"null: at level real, which can only be simulated: {id}"
+    ]
+
+
+def test_other_inputs_of_the_same_list_are_a_whole_report(tmp_path: Path) -> None:
+    report = whole(selection=Selection(seed_offset=7))
+    assert faults(report) == []
+    assert verify(put(tmp_path, report), draw=3).exit_code == 0
+    assert faults(suite(report, selection=Selection()))
+
+
+def test_a_lie_is_found_when_its_case_is_drawn(tmp_path: Path) -> None:
+    """A backend that is wrong in much of its work, and a report that says that it is not."""
+    lie = whole(judged(WRONG, kind=WRONG, dtypes=["float32"], claims=["core"]))
+    path = put(tmp_path, lie)
+    found = verify(path, draw=12, seed=1, allow_import=True)
+    assert found.exit_code == 1 and not found.open and not found.told
+    assert all("passed, and failed here (" in sentence for sentence in found.wrong)
+    ops = {sentence.split(": ")[1].split("/")[0] for sentence in found.wrong}
+    assert ops <= {"linear", "experts", "swiglu_ffn", "model"} and ops
+    assert "VERIFIED" not in found.report().upper()
+
+
+def test_a_known_deviation_must_fail_here(tmp_path: Path) -> None:
+    """The list of deviations is not in the report, and a failure that is not there is untrue."""
+    report = whole()
+    deviating = [
+        replace(o, outcome="deviates", reason="until firmware 3") if o.outcome == "passed" else o
+        for o in report.outcomes
+    ]
+    found = verify(put(tmp_path, with_outcomes(report, deviating)), draw=3)
+    assert found.exit_code == 1 and len(found.wrong) == 3
+    assert all("deviates, and passed here" in sentence for sentence in found.wrong)
+
+
+def test_other_inputs_are_found_even_where_nothing_can_run(tmp_path: Path) -> None:
+    report = whole(judged("nowhere", kind="nowhere:Backend", level="simulated"))
+    forged = with_outcomes(
+        report, [replace(o, inputs=o.inputs[::-1].replace("0", "1")) for o in report.outcomes]
+    )
+    found = verify(put(tmp_path, forged))
+    assert found.exit_code == 1 and "had other inputs than here" in found.wrong[0]
+
+
+def unconfirmed(found: Verification, reason: str) -> None:
+    assert found.exit_code == 1 and not found.wrong
+    (sentence,) = found.open
+    assert reason in sentence, sentence
+    assert "inputs of 25 cases are those of this machine" in sentence
+    text = found.report()
+    assert "VERIFIED" not in text.upper()
+    assert text.splitlines()[-1].startswith("NOT CONFIRMED: ")
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (judged("nowhere"), "no backend 'nowhere'"),
+        (judged(WRONG, kind=WRONG), "a report decides on no import"),
+        (judged(kind="other.package:NullBackend"), f"here it is {NULL}"),
+        (judged(level="emulated"), "it ran at level emulated, and here it is real"),
+        (judged("ascend", kind="moge_hal.backends.ascend:AscendBackend", level="emulated"),
+         "backend 'ascend' cannot run"),
+    ],
+    ids=range(5),
+)  # fmt: skip
+def test_what_cannot_run_here_is_not_confirmed(given: Judged, reason: str, tmp_path: Path) -> None:
+    unconfirmed(verify(put(tmp_path, whole(given))), reason)
+
+
+def test_one_backend_that_runs_does_not_speak_for_another(tmp_path: Path) -> None:
+    found = verify(put(tmp_path, whole(judged(), judged("nowhere"))), draw=25, seed=3)
+    assert len(found.told) == 1
+    unconfirmed(found, "no backend 'nowhere'")
+
+
+def test_a_report_from_a_simulation_is_run_again_as_one(tmp_path: Path) -> None:
+    cuda = find("cuda")
+    given = judged(
+        "cuda",
+        kind=f"{type(cuda).__module__}:{type(cuda).__qualname__}",
+        level="simulated",
+        claims=list(cuda.claims),
+        dtypes=[str(dtype).removeprefix("torch.") for dtype in cuda.dtypes],
+    )
+    found = verify(put(tmp_path, whole(given)), draw=4)
+    assert found.exit_code == 0, found.report()
+    assert "cuda (CPU, plain torch, simulated)" in found.report()
+
+
+def test_claims_are_those_of_the_backend(report: Report, tmp_path: Path) -> None:
+    cases = select(Selection())
+    claims_less = judged(claims=["core"])
+    found = verify(
+        put(tmp_path, with_outcomes(whole(claims_less), [outcome(c, claims_less) for c in cases])),
+        draw=2,
+    )
+    assert "its claims were ['core'], and here they are ['core', 'train']" in found.wrong[0]
