@@ -51,7 +51,8 @@ class Facts:
 
 class StepOut(NamedTuple):
     """What a step returns. Routing is always observable: balance, load, auxiliary loss and every
-    judgement rest on it. Logits and routes are the caller's to keep: no later step writes over them.
+    judgement rest on it. Logits and routes are the caller's to keep: no later step may write over
+    them.
     """
 
     logits: Tensor  # [B, S or 1, V], at least float32

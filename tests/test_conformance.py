@@ -117,7 +117,7 @@ def test_filters_select_and_a_typo_is_an_error() -> None:
         "expert/*": "no operation 'expert'. Did you mean 'experts'",
         "experts/fp32/*": "no dtype 'fp32'. Did you mean 'f32'",
         "experts/*/*/*/valeu": "no property 'valeu'. Did you mean 'value'",
-        "expetrs*": "a filter is a glob on whole ids, such as 'experts/*'. Did you mean 'experts/*'",
+        "expetrs*": "a glob on whole ids, such as 'experts/*'. Did you mean 'experts/*'",
     }.items():
         with pytest.raises(UserError, match=re.escape(f"no case matches '{glob}'")) as error:
             list_cases(["experts/*", glob])

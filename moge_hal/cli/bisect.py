@@ -30,15 +30,17 @@ def bisect(
     """Find the first layer and operation where a backend makes a whole model wrong. Exit code 1:
     it does."""
     from moge_hal.conformance.bisect import bisect as run
-    from moge_hal.registry import get_backend
+    from moge_hal.registry import get_backend, settings
 
     judged = get_backend(backend)
+    asked = backend or settings().backend
+    label = judged.name if asked == "auto" or "," in asked else asked
     with progress() as bar:
         task = bar.add_task("bisect", total=None)
 
         def show(stage: str) -> None:
             bar.update(task, description=stage)
 
-        found = run(judged, backend or judged.name, model, prompt, out, show)
+        found = run(judged, label, model, prompt, out, show)
     print(json.dumps(found.data(), indent=2) if as_json else found.report())
     raise typer.Exit(0 if found.finding is None else 1)

@@ -9,29 +9,39 @@
    call a wrong one of the same backend; neither passes this test. The operations of a graph cannot
    be exchanged: there the first wrong call is the answer.
 4. The suite's own case that fails on it is looked up; if there is none, the inputs are saved as a
-   golden case (`finding.py`).
+   golden case.
 """
 
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moge_hal import ops
 from moge_hal.backend import Backend
 from moge_hal.bind import bind_operations
 from moge_hal.config import Config
-from moge_hal.conformance.cases import DTYPES, Case
-from moge_hal.conformance.finding import Finding, Replayed, Wrong, measured, see_again
+from moge_hal.conformance.cases import DTYPES, PROPERTIES, Case, parse
+from moge_hal.conformance.evidence import Suspect
+from moge_hal.conformance.finding import Finding, Wrong, measured
+from moge_hal.conformance.golden import write
+from moge_hal.conformance.golden_check import judge_file
+from moge_hal.conformance.judging import judge
+from moge_hal.conformance.levels import level_of
 from moge_hal.conformance.listing import every_case
 from moge_hal.conformance.locating import METHODS, Answer, Bench, Observer, fresh, locate
 from moge_hal.conformance.scenes import Scene, prompt_scene, scenes
+from moge_hal.conformance.subject import Subject
 from moge_hal.conformance.verdict import Skip
 from moge_hal.conformance.weights import model_weights
 from moge_hal.errors import UserError
+from moge_hal.files import write_file
 from moge_hal.loading import load
 from moge_hal.model import skeleton
 
@@ -41,6 +51,7 @@ class Bisection:
     """What was played, and what was found."""
 
     backend: str
+    level: str  # what it ran on: real, simulated or emulated
     scenes: dict[str, int]  # how many of each model
     finding: Finding | None  # None: nothing is wrong
 
@@ -49,12 +60,18 @@ class Bisection:
         if self.finding is not None:
             return self.finding.report()
         played = ", ".join(f"{count} of {name}" for name, count in self.scenes.items())
-        return f"{self.backend} is right in every scene: {played}"
+        on = "" if self.level == "real" else f" ({self.level})"
+        return f"{self.backend}{on} is right in every scene: {played}"
 
     def data(self) -> dict[str, Any]:
         """For JSON."""
         found = None if self.finding is None else self.finding.data()
-        return {"backend": self.backend, "scenes": self.scenes, "finding": found}
+        return {
+            "backend": self.backend,
+            "level": self.level,
+            "scenes": self.scenes,
+            "finding": found,
+        }
 
 
 @dataclass(frozen=True)
@@ -97,24 +114,159 @@ def bisect(
     if dtype is None:
         able = ", ".join(str(kind).removeprefix("torch.") for kind in backend.dtypes)
         raise UserError(f"backend {label!r} computes in {able} only, which has no limits")
+    level = level_of(backend)
     counts: dict[str, int] = {}
     for played in _models(model, prompt, dtype):
-        name = played.name
-        # What is wrong with the backend before anything runs is an error and no finding.
+        # What is wrong with a backend before anything runs is an error, and no finding.
         bind_operations(backend, played.config.sizes, played.config.route, dtype, "infer")
         bench = Bench(played.config, played.weights, dtype)
-        counts[name] = 0
+        name, counts[played.name] = played.name, 0
 
         def count(scene: Scene, name: str = name) -> None:
             counts[name] += 1
             observe(f"{name}: scene {scene.name}")
 
-        found = bench.fault(fresh(backend), played.scenes(), count)
-        if found is not None:
-            observe(f"{name}: scene {found[0][-1].name}, every operation")
-            finding = _explain(bench, backend, label, found, observe)
-            again = _see_again(...)
-            return Bisection(label, counts, finding)
+        failed = bench.fault(fresh(backend), played.scenes(), count)
+        if failed is None:
+            continue
+        observe(f"{name}: scene {failed[0][-1].name}, every operation")
+        again = bench.shortest(backend, failed[0])
+        scenes, fault = again or failed
+        answer = locate(bench, backend, scenes, observe) if again else _UNSTEADY
+        observe("a case that shows it")
+        search = Search(backend, label, dtype, None if out is None else Path(out))
+        asked = ["bisect", "--backend", label]
+        asked += [] if model is None else ["--model", str(model)]
+        asked += [] if prompt is None else ["--prompt", prompt]
+        replay, file = search.find(answer, played, scenes[-1]) or (_command(*asked), None)
+        reason, error, limit = measured(fault)
+        finding = Finding(
+            label,
+            level,
+            name,
+            scenes[-1].name,
+            [scene.name for scene in scenes[:-1]],
+            reason,
+            error,
+            limit,
+            answer.place,
+            answer.passes,
+            None if answer.suspect is None else Wrong.of(answer.suspect),
+            [other for other in answer.exchanged if other != answer.place],
+            list(answer.notes),
+            _workaround(backend, answer),
+            replay,
+            file,
+        )
+        return Bisection(label, level, counts, finding)
     if not any(counts.values()):
         raise UserError(f"{model}: its context is too short for every scene; give another model")
-    return Bisection(label, counts, None)
+    return Bisection(label, level, counts, None)
+
+
+def _workaround(backend: Backend, answer: Answer) -> str:
+    """What to set to get right results meanwhile, if anything helps."""
+    if backend.graph or not answer.passes or not set(answer.exchanged) <= set(ops.NAMES):
+        return ""
+    return "MOGE_HAL_OPS=" + ",".join(f"{op}=default" for op in answer.exchanged)
+
+
+def _models(model: str | Path | None, prompt: str | None, dtype: torch.dtype) -> Iterator[Played]:
+    if model is None and prompt is None:
+        for case in _whole_models(dtype):
+            with suppress(Skip):  # a copy of the package without a model
+                config, weights = model_weights(case)
+                yield Played(case.shape, config, weights, key=case.key)
+        return
+    loaded = load(model, Backend(), torch.float32)
+    ids = None
+    if prompt is not None:
+        if loaded.tokenizer is None:
+            raise UserError(f"{model} has no tokenizer, so it cannot read a prompt")
+        ids = loaded.tokenizer.encode(prompt)
+    names = [name for name, _ in skeleton(loaded.config).named_parameters()]
+    weights = {name: loaded.weights[name] for name in names}
+    yield Played("shipped" if model is None else str(model), loaded.config, weights, ids)
+
+
+def _whole_models(dtype: torch.dtype) -> list[Case]:
+    """A case of each model of the suite in this dtype, the small ones first."""
+    found = {case.key: case for case in every_case() if case.op == "model" and case.dtype == dtype}
+    return sorted(found.values(), key=lambda case: "shipped" in case.words)
+
+
+_UNSTEADY = Answer(
+    "", None, None, (), ("played again, nothing fails: it does not compute the same every time",)
+)
+
+
+@dataclass(frozen=True)
+class Search:
+    """Looks for the smallest thing that shows a fault."""
+
+    backend: Backend
+    label: str
+    dtype: torch.dtype
+    out: Path | None
+
+    def find(self, answer: Answer, played: Played, scene: Scene) -> tuple[str, str | None] | None:
+        """The command that shows it, and the file that it needs; None: nothing alone does.
+
+        A case of the suite if one fails, else the inputs of the wrong call.
+        """
+        suspect = answer.suspect
+        operations = {answer.place} | ({suspect.call.op} if suspect else set())
+        cases = [
+            case
+            for case in every_case()
+            if case.op in operations and (case.dtype, case.profile) == (self.dtype, "core")
+        ]
+        by_operation = answer.place not in ("", *METHODS)
+        if not by_operation and played.key and scene.name in PROPERTIES["model"].split():
+            cases.append(parse(f"{played.key}/{scene.name}"))
+        subject = Subject(fresh(self.backend))
+        for case in cases:
+            # Once more by a fresh instance: it must fail alone, and not for what ran before it.
+            if self._fails(subject, case) and self._fails(Subject(fresh(self.backend)), case):
+                return _command("conformance", "--backend", self.label, "--filter", case.id), None
+        if suspect is None:
+            return None
+        file = self.out or Path(f"bisect-{suspect.call.op}.npz")
+        if not self._save(suspect, file, f"{self.label} on {played.name}"):
+            return None
+        return _command("conformance", "--backend", self.label, "--golden", str(file)), str(file)
+
+    def _fails(self, subject: Subject, case: Case) -> bool:
+        try:
+            judge(subject, case)
+        except Skip:
+            return False
+        except Exception:  # a backend may raise anything, and it is a failure, too
+            return True
+        return False
+
+    def _save(self, suspect: Suspect, out: Path, whose: str) -> bool:
+        """Saves the inputs of a call as a golden case, if they fail by themselves."""
+        call = suspect.call
+        note = f"{whose}: {'; '.join(Wrong.of(suspect).lines())}"
+        with TemporaryDirectory(prefix="moge_hal.") as folder:
+            file = Path(folder) / "case.npz"
+            try:
+                write(
+                    file, call.op, [*call.past, call.args] if call.cached else call.args, note=note
+                )
+            except UserError:  # the right outputs are not finite: no file can hold them
+                return False
+            try:
+                judge_file(Subject(fresh(self.backend)), file)
+            except Skip:
+                return False
+            except Exception:  # as above
+                write_file(out, file.read_bytes())
+                return True
+        return False
+
+
+def _command(*words: str) -> str:
+    """A line for the shell."""
+    return shlex.join(["moge-hal", *words])

@@ -18,6 +18,7 @@ from moge_hal.conformance.recording import Call
 from moge_hal.conformance.scenes import Scene
 from moge_hal.conformance.subject import ROLES
 from moge_hal.conformance.verdict import Failure, Verdict
+from moge_hal.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,10 @@ class Evidence:
     wrong: dict[str, Suspect] = field(default_factory=dict)  # by operation, in order
     written: Suspect | None = None  # the first call that wrote over something
     share: dict[str, float] = field(default_factory=dict)  # of its limit that an operation reached
-    calls: int = 0
     raised: Exception | None = None  # what was wrong with the run as a whole
 
     def examine(self, call: Call, scene: Scene, number: int) -> None:
         """Judges a call, unless its operation was found wrong before."""
-        self.calls += 1
         if call.wrote and self.written is None:
             failure = Failure(f"it wrote over {call.wrote}")
             self.written = Suspect(call, scene, number, failure)
@@ -72,6 +71,8 @@ class Evidence:
 
 def judge_call(call: Call) -> Verdict | Failure | None:
     """None: an earlier call has spoilt the inputs, so nothing can be said."""
+    if isinstance(call.out, Failure):
+        return call.out
     if isinstance(call.out, Exception):
         return Failure(f"raised {type(call.out).__name__}: {call.out}")
     if not all(_finite(call.op, args) for args in (*call.past, call.args)):
@@ -83,6 +84,12 @@ def judge_call(call: Call) -> Verdict | Failure | None:
         return check(case, call.out, call.args, measure(case, call.args))
     except Failure as failure:
         return failure
+    except (
+        UserError,
+        RuntimeError,
+        IndexError,
+    ):  # no limits, or none of the specification's inputs
+        return None
 
 
 def _finite(op: str, args: Args) -> bool:

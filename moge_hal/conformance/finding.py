@@ -1,27 +1,11 @@
-"""What a bisection found, for a person and for a machine, and how to see it again."""
+"""What a bisection found, for a person and for a machine."""
 
 import math
-import shlex
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
-from moge_hal import ops
-from moge_hal.backend import Backend
-from moge_hal.conformance.cases import DTYPES, PROPERTIES, parse
 from moge_hal.conformance.evidence import Suspect
-from moge_hal.conformance.golden import write
-from moge_hal.conformance.golden_check import judge_file
-from moge_hal.conformance.judging import judge
-from moge_hal.conformance.listing import every_case
-from moge_hal.conformance.subject import Subject
-from moge_hal.conformance.verdict import Failure, Skip
-from moge_hal.errors import UserError
-from moge_hal.files import write_file
+from moge_hal.conformance.verdict import Failure
 
 
 @dataclass(frozen=True)
@@ -47,7 +31,7 @@ class Wrong:
         positions = text.positions[:, scene.part(number)]
         real = positions[positions >= 0]
         span = (int(real.min()), int(real.max())) if real.numel() else (-1, -1)
-        steps = [i for i, move in enumerate(scene.moves) if move.columns and not move.refused]
+        steps = [i for i, move in enumerate(scene.moves) if move.columns]
         reason, error, limit = measured(suspect.failure)
         return Wrong(
             call.op,
@@ -85,6 +69,7 @@ class Finding:
     cannot be exchanged."""
 
     backend: str
+    level: str  # what it ran on: real, simulated or emulated
     model: str
     scene: str
     after: list[str]  # scenes that must be played before it, or it passes
@@ -96,6 +81,7 @@ class Finding:
     wrong: Wrong | None
     others: list[str]  # further operations that are wrong by themselves
     notes: list[str]
+    workaround: str  # what to set to get right results meanwhile, or ""
     replay: str  # a command
     file: str | None  # what was saved for it
 
@@ -106,17 +92,16 @@ class Finding:
     def report(self) -> str:
         """For a person."""
         after = f", behind {', '.join(self.after)}" if self.after else ""
-        lines = [f"WRONG: {self.backend} on {self.model}, scene {self.scene}{after}"]
+        on = "" if self.level == "real" else f" ({self.level})"
+        lines = [f"WRONG: {self.backend}{on} on {self.model}, scene {self.scene}{after}"]
         lines.append(f"    {told(self.reason, self.error, self.limit)}")
         lines += ["", f"PLACE: {self.place or 'not found'}"]
         lines += [f"    {line}" for line in (self.wrong.lines() if self.wrong else [])]
         if self.place:
             lines.append(f"    {self._exchange()}")
         lines += [f"    {note}" for note in self.notes]
-        swapped = [self.place, *self.others]
-        if self.passes and set(swapped) <= set(ops.NAMES):
-            way = ",".join(f"{op}=default" for op in swapped)
-            lines += ["", f"UNTIL THEN: MOGE_HAL_OPS={way} gives right results"]
+        if self.workaround:
+            lines += ["", f"UNTIL IT IS MENDED: {self.workaround} gives right results"]
         return "\n".join([*lines, "", f"REPLAY: {self.replay}"])
 
     def _exchange(self) -> str:
@@ -142,63 +127,3 @@ def measured(fault: Exception) -> tuple[str, float | None, float | None]:
         words = "" if "finite" in fault.reason else ": it is not finite"
         return f"{fault.reason}{words}", None, fault.limit
     return fault.reason, fault.error, fault.limit
-
-
-def listed_case(
-    make: Callable[[], Backend], ops: list[str], dtype: torch.dtype, models: list[str]
-) -> str | None:
-    """The id of the first case of the suite that fails, alone, on the backend. ops: operations to
-    look through; models: ids of whole models to try behind them."""
-    names = {kind: name for name, kind in DTYPES.items()}
-    cases = [
-        case
-        for case in every_case()
-        if case.op in ops and case.dtype_name == names[dtype] and case.profile == "core"
-    ]
-    subject = Subject(make())
-    for case in [*cases, *map(parse, models)]:
-        if _fails(subject, case) and _fails(Subject(make()), case):
-            return case.id
-    return None
-
-
-def _fails(subject: Subject, case: Any) -> bool:
-    try:
-        judge(subject, case)
-    except Skip:
-        return False
-    except Exception:  # a backend may raise anything, and it is a failure, too
-        return True
-    return False
-
-
-def save(make: Callable[[], Backend], suspect: Suspect, out: Path, note: str) -> bool:
-    """Saves the inputs of a call as a golden case, if they fail by themselves.
-
-    Raises `UserError` if the file cannot be written.
-    """
-    call = suspect.call
-    with TemporaryDirectory(prefix="moge_hal.") as folder:
-        file = Path(folder) / "case.npz"
-        try:
-            write(file, call.op, [*call.past, call.args] if call.cached else call.args, note=note)
-        except UserError:  # its right outputs are not finite: no file can say what they must be
-            return False
-        try:
-            judge_file(Subject(make()), file)
-        except Skip:
-            return False
-        except Exception:  # as above
-            write_file(out, file.read_bytes())
-            return True
-    return False
-
-
-def command(*words: str) -> str:
-    """A line for the shell."""
-    return shlex.join(["moge-hal", *words])
-
-
-def is_property(scene: str) -> bool:
-    """Whether the suite judges a scene of this name."""
-    return scene in PROPERTIES["model"].split()

@@ -41,7 +41,10 @@ class Bench:
         return bind(self.config, copies, backend, dtype=self.dtype)
 
     def fault(
-        self, backend: Backend, scenes: Iterable[Scene], observe: Observer = lambda stage: None
+        self,
+        backend: Backend,
+        scenes: Iterable[Scene],
+        observe: Callable[[Scene], None] = lambda scene: None,
     ) -> tuple[list[Scene], Exception] | None:
         """Plays scenes one after the other: those up to the first that fails, and how it does.
 
@@ -51,7 +54,7 @@ class Bench:
         model: Model | None = None
         for scene in scenes:
             played.append(scene)
-            observe(f"scene {scene.name}")
+            observe(scene)
             try:
                 model = model or self.bind(backend)
                 verdict(model, self.oracle, scene)
@@ -59,6 +62,16 @@ class Bench:
                 played.pop()
             except Exception as error:
                 return played, error
+        return None
+
+    def shortest(
+        self, backend: Backend, played: list[Scene]
+    ) -> tuple[list[Scene], Exception] | None:
+        """The shortest run of scenes that ends with the last one and fails on a fresh instance."""
+        for start in reversed(range(len(played))):
+            found = self.fault(fresh(backend), played[start:])
+            if found is not None:
+                return found
         return None
 
     def own(self, backend: Backend) -> set[str]:
@@ -69,7 +82,17 @@ class Bench:
 
     def watch(self, backend: Backend, scenes: list[Scene]) -> Evidence:
         """What the operations do in these scenes."""
-        return (self._replay if backend.graph else self._watch)(backend, scenes)
+        if not backend.graph:
+            return self._watch(backend, scenes)
+        evidence = self._replay(backend, scenes)
+        if not evidence.wrong:
+            # Lowerings that run eagerly, too, may show what hangs on the place in the step. That
+            # they raise says nothing, since nobody asks them to run.
+            eager = self._watch(backend, scenes)
+            for op, suspect in eager.wrong.items():
+                if not isinstance(suspect.call.out, Exception):
+                    evidence.wrong[op] = suspect
+        return evidence
 
     def _replay(self, backend: Backend, scenes: list[Scene]) -> Evidence:
         evidence = Evidence(self.own(backend))
@@ -136,10 +159,10 @@ def locate(
     bench: Bench,
     backend: Backend,
     scenes: list[Scene],
-    evidence: Evidence,
-    observe: Callable[[str], None],
+    observe: Observer,
 ) -> Answer:
     """Which part of the backend makes the scenes fail."""
+    evidence = bench.watch(backend, scenes)
 
     def passes(*names: str) -> bool | None:
         observe(f"without {' and '.join(names)}")
@@ -163,7 +186,11 @@ def locate(
         return answer(first.call.op, first)
     for name in _candidates(backend, evidence):
         if passes(name):
-            return Answer(name, True, _suspect(name, evidence), (name,), tuple(notes))
+            suspect = _suspect(name, evidence)
+            if suspect is None and name not in METHODS:
+                share = f"at most {evidence.share.get(name, 0.0):.0%} of it"
+                notes.append(f"alone, no call of it leaves its limit ({share}): errors add up")
+            return Answer(name, True, suspect, (name,), tuple(notes))
     if first is None:
         state = f"fails ({evidence.raised})" if evidence.raised else "passes"
         notes.append(f"not compiled, the scene {state}, and every call of an operation is right")

@@ -60,7 +60,7 @@ class Watch:
                 if weight is None:  # the output projection has no bias
                     continue
                 self.names[id(weight)] = f"{path}.{name}"
-                if type(weight) in (Tensor, torch.nn.Parameter) and weight.layout == torch.strided:
+                if _is_plain(weight):
                     memory = weight.untyped_storage().data_ptr()
                     self.stacks[memory] = (f"{path}.{name}", weight)
         self.text: object = None
@@ -142,22 +142,25 @@ class Watch:
             self.layer = None
         return args, first
 
-    def _name(self, value: object) -> str:
+    def _name(self, value: Any) -> str:
         if id(value) in self.names:
             return self.names[id(value)]
-        if type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided:
-            name, whole = self.stacks.get(value.untyped_storage().data_ptr(), ("", value))
-            if name and value.numel():
-                return (
-                    f"{name}[{(value.storage_offset() - whole.storage_offset()) // value.numel()}]"
-                )
-        return ""
+        if not _is_plain(value) or not value.numel():
+            return ""
+        name, whole = self.stacks.get(value.untyped_storage().data_ptr(), ("", value))
+        at = (value.storage_offset() - whole.storage_offset()) // value.numel()
+        return f"{name}[{at}]" if name else ""
 
     def _written_over(self, live: list[tuple[Tensor, Tensor, str]]) -> str:
         for tensor, before, whose in [*live, *self.returned]:
             if not same_bits(tensor.detach().cpu(), before):
                 return whose
         return ""
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it has memory to look at: what is packed may be anything."""
+    return type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided
 
 
 def _watched(watch: Watch, method: Callable[..., Any], op: str) -> Callable[..., Any]:
@@ -184,8 +187,6 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _parts(op: str, out: Any) -> Outputs:
     """The tensors among what was returned; a cache is none."""
-    if op == "attention":
-        out = out[0]
-    return tuple(
-        part for part in (out if isinstance(out, tuple) else (out,)) if isinstance(part, Tensor)
-    )
+    parts = out if isinstance(out, tuple) else (out,)
+    parts = parts[:1] if op == "attention" and len(parts) == 2 else parts
+    return tuple(part for part in parts if isinstance(part, Tensor))

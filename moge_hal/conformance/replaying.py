@@ -58,8 +58,8 @@ class Replay:
         self.refused: set[str] = set()  # operations that the default serves in the model, too
 
     def play(self, scenes: list[Scene], model: Model | None, seen: Any) -> None:
-        """model: the backend's own, which shows the routes, if it could be bound. seen: told of every call that was
-        repeated, with the scene and the number of the move."""
+        """model: the backend's own, which shows the routes, if it could be bound. seen: told of
+        every call that was repeated, with the scene and the number of the move."""
         at: list[tuple[Scene, int]] = []
 
         def repeat(call: Call) -> None:
@@ -142,5 +142,5 @@ def _routes(model: Model | None, scene: Scene) -> list[Tensor]:
     except Exception:  # the scene is played because something is wrong with it
         return []
     experts = model.config.num_experts
-    valid = all(0 <= int(ids.min()) and int(ids.max()) < experts for ids in routes)
+    valid = all(int(ids.min()) >= 0 and int(ids.max()) < experts for ids in routes)
     return routes if valid else []

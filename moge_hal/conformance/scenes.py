@@ -89,11 +89,13 @@ def perform(
             caches[move.text] = new_cache(model, scene, move.text)
         if not move.columns:
             continue
-        ids, positions, cache = text.ids[:, part], text.positions[:, part], caches[move.text]
+        # Copies, since a wrong backend may write over what it is given.
+        ids, positions = text.ids[:, part].clone(), text.positions[:, part].clone()
+        cache = caches[move.text]
+        observe(number, scene)
         if move.refused:
             _must_be_refused(model, ids, positions, cache)
             continue
-        observe(number, scene)
         step, caches[move.text] = play(
             model, ids, positions, [move.columns], cache, scene.last_only
         )
@@ -167,7 +169,8 @@ def _drawn(config: Config) -> Iterator[Scene]:
     yield Scene("cache-full", (draw("cache-full", 2, 12),), full, 9)
     context = min(config.max_position_embeddings, 1024)
     sizes = [531, context - 533, 1, 1] if context > 533 else [context - 2, 1, 1]
-    yield one("long", draw("long", 1, context), sizes, context)
+    if context > 2:
+        yield one("long", draw("long", 1, context), sizes, context)
 
 
 def prompt_scene(config: Config, weights: Mapping[str, Tensor], prompt: Sequence[int]) -> Scene:
