@@ -7,7 +7,7 @@ from typing import Any
 from moge_hal.backend import Backend
 from moge_hal.conformance.cases import Case
 from moge_hal.conformance.digest import digest
-from moge_hal.conformance.report import Report, Reported
+from moge_hal.conformance.reports.report import Report, Reported
 from moge_hal.conformance.result import WORDS, Judged, Outcome, Result, Selection
 from moge_hal.conformance.selection import select
 

@@ -23,13 +23,13 @@ from moge_hal.backend import Backend
 from moge_hal.backends.onnx import OnnxBackend
 from moge_hal.bind import bind
 from moge_hal.config import preset
-from moge_hal.conformance.bisect import Bisection, bisect
+from moge_hal.conformance.bisecting.bisect import Bisection, bisect
+from moge_hal.conformance.bisecting.finding import Finding
+from moge_hal.conformance.bisecting.locating import METHODS, Bench, fresh, locate, overrides
 from moge_hal.conformance.cases import parse
-from moge_hal.conformance.finding import Finding
-from moge_hal.conformance.golden_check import judge_file
+from moge_hal.conformance.golden.check import judge_file
 from moge_hal.conformance.judging import judge
-from moge_hal.conformance.locating import METHODS, Bench, fresh, locate, overrides
-from moge_hal.conformance.scenes import scenes
+from moge_hal.conformance.properties.scenes import scenes
 from moge_hal.conformance.subject import Subject
 from moge_hal.conformance.verdict import Failure
 from moge_hal.conformance.weights import random_weights

@@ -12,10 +12,10 @@ from moge_hal import ops
 from moge_hal.backend import Backend
 from moge_hal.backends.null import NullBackend
 from moge_hal.cache import LayerCache
-from moge_hal.conformance.bitwise import bitwise
 from moge_hal.conformance.cases import Case
 from moge_hal.conformance.judging import judge
 from moge_hal.conformance.listing import every_case
+from moge_hal.conformance.properties.bitwise import bitwise
 from moge_hal.conformance.subject import Subject
 from moge_hal.conformance.verdict import Failure, Verdict
 from moge_hal.router import RouteSpec

@@ -15,10 +15,10 @@ from moge_hal.backends.cpu import CpuBackend
 from moge_hal.backends.cuda import CudaBackend
 from moge_hal.cache import Cache
 from moge_hal.config import Config
-from moge_hal.conformance.capture import no_sync
 from moge_hal.conformance.cases import Case, parse
 from moge_hal.conformance.judging import judge
 from moge_hal.conformance.listing import every_case
+from moge_hal.conformance.properties.capture import no_sync
 from moge_hal.conformance.subject import Subject
 from moge_hal.conformance.verdict import Failure, Skip, Verdict
 from moge_hal.router import RouteSpec

@@ -15,14 +15,14 @@ from moge_hal.backend import Backend
 from moge_hal.bind import bind
 from moge_hal.config import preset
 from moge_hal.conformance import Outcome, Result, list_cases, run
-from moge_hal.conformance.caching import chunk_sizes, ragged_positions
 from moge_hal.conformance.cases import DTYPES, LETTERS, PROPERTIES, parse
 from moge_hal.conformance.judging import OPERATION_PROPERTIES, judge
 from moge_hal.conformance.listing import every_case
+from moge_hal.conformance.properties.caching import chunk_sizes, ragged_positions
+from moge_hal.conformance.properties.whole_model import PROPERTIES as MODEL_PROPERTIES
 from moge_hal.conformance.subject import Subject
 from moge_hal.conformance.verdict import Failure, Skip
 from moge_hal.conformance.weights import random_weights
-from moge_hal.conformance.whole_model import PROPERTIES as MODEL_PROPERTIES
 from moge_hal.errors import UserError
 from moge_hal.ops import NAMES
 

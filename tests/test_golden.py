@@ -21,9 +21,9 @@ from moge_hal import ops
 from moge_hal.backend import Backend
 from moge_hal.conformance import judge, oracle
 from moge_hal.conformance.cases import parse
-from moge_hal.conformance.golden import case_of, read, write
-from moge_hal.conformance.golden_check import judge_file
-from moge_hal.conformance.golden_list import CASES, FOLDER, file_name, files, regenerate
+from moge_hal.conformance.golden.check import judge_file
+from moge_hal.conformance.golden.shipped import CASES, FOLDER, file_name, files, regenerate
+from moge_hal.conformance.golden.store import case_of, read, write
 from moge_hal.conformance.inputs import Args, draw, normal
 from moge_hal.conformance.limits import worst_row
 from moge_hal.conformance.subject import Subject

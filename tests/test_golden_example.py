@@ -15,16 +15,18 @@ import torch
 from torch import Tensor
 
 from moge_hal.backend import Backend
-from moge_hal.conformance.golden import read, write
-from moge_hal.conformance.golden_check import judge_file
-from moge_hal.conformance.golden_list import CASES, FOLDER, file_name, files
+from moge_hal.conformance.golden.check import judge_file
+from moge_hal.conformance.golden.shipped import CASES, FOLDER, file_name, files
+from moge_hal.conformance.golden.store import read, write
 from moge_hal.conformance.subject import Subject
 from moge_hal.conformance.verdict import Failure
 from moge_hal.router import RouteSpec
 
 Array = npt.NDArray[Any]
 Run = Callable[[str, dict[str, Any], Any], tuple[list[Array] | None, Any]]
-EXAMPLE = re.findall(r"```python\n(.*?)```", (FOLDER / "README.md").read_text("utf-8"), re.S)[0]
+EXAMPLE = re.findall(
+    r"```python\n(.*?)```", (FOLDER.parent / "README.md").read_text("utf-8"), re.S
+)[0]
 CHECK: dict[str, Any] = {"__name__": "example"}
 exec(compile(EXAMPLE, "README.md", "exec"), CHECK)
 shipped = pytest.mark.parametrize("path", files(), ids=lambda path: path.stem)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from reports import changed, judged, whole, with_outcomes
 
-from moge_hal.conformance.matrix import BEGIN, END, in_readme, matrix
-from moge_hal.conformance.report import Report
+from moge_hal.conformance.reports.matrix import BEGIN, END, in_readme, matrix
+from moge_hal.conformance.reports.report import Report
 from moge_hal.conformance.result import Selection
 from moge_hal.errors import UserError
 from moge_hal.ops import NAMES

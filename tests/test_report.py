@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from reports import changed, judged, whole, with_outcomes
 
-from moge_hal.conformance import page, provenance, run
-from moge_hal.conformance.report import Report, document, read
+from moge_hal.conformance import run
+from moge_hal.conformance.reports import page, provenance
+from moge_hal.conformance.reports.report import Report, document, read
 from moge_hal.conformance.result import Outcome, Selection
 from moge_hal.errors import UserError
 
@@ -117,7 +118,14 @@ def test_the_hash_covers_what_judges_and_nothing_else() -> None:
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     found = {name.removeprefix("moge_hal.").replace(".", "/") for name in said.stdout.split()}
-    telling = {"conformance", "conformance/plugin", "conformance/result", "errors", "registry"}
+    telling = {
+        "conformance",
+        "conformance/properties",
+        "conformance/plugin",
+        "conformance/result",
+        "errors",
+        "registry",
+    }
     files = {"checkpoint", "files", "loading", "shards", "tokenizer"}  # inputs have digests
     assert found - telling - files == set(provenance.SOURCES)
 
@@ -127,11 +135,11 @@ def test_the_hash_sees_a_change_and_no_line_ends(
 ) -> None:
     before = provenance.suite_hash()
     assert re.fullmatch("[0-9a-f]{16}", before)
-    here = Path(provenance.__file__).parents[1]
+    here = Path(provenance.__file__).parents[2]
     for name in provenance.SOURCES:
         text = (here / f"{name}.py").read_bytes().replace(b"\r\n", b"\n")
         copy = tmp_path / f"{name}.py"
-        copy.parent.mkdir(exist_ok=True)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(text.replace(b"\n", b"\r\n"))
     monkeypatch.setattr(provenance, "_PACKAGE", tmp_path)
     assert provenance.suite_hash() == before

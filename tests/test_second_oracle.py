@@ -18,11 +18,11 @@ from torch import Tensor
 from moge_hal import ops
 from moge_hal.backend import Backend
 from moge_hal.cache import Cache
-from moge_hal.conformance.caching import ragged_positions
 from moge_hal.conformance.cases import parse
 from moge_hal.conformance.inputs import Args, draw, fan, integers, normal, order, signs
 from moge_hal.conformance.limits import worst_row
 from moge_hal.conformance.oracle import Permuted, exact, run, weights_for, widen
+from moge_hal.conformance.properties.caching import ragged_positions
 from moge_hal.router import RouteSpec
 
 NEAR = 1e-12

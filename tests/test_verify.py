@@ -11,11 +11,11 @@ from reports import NULL, changed, judged, outcome, whole, with_outcomes
 from torch import Tensor
 
 from moge_hal.backend import Backend
-from moge_hal.conformance.consistency import faults
-from moge_hal.conformance.report import Report, Reported, Suite
+from moge_hal.conformance.reports.consistency import faults
+from moge_hal.conformance.reports.report import Report, Reported, Suite
+from moge_hal.conformance.reports.verify import Verification, verify
 from moge_hal.conformance.result import Judged, Selection
 from moge_hal.conformance.selection import select
-from moge_hal.conformance.verify import Verification, verify
 from moge_hal.errors import UserError
 from moge_hal.registry import find
 
@@ -77,7 +77,7 @@ def test_the_seed_repeats_the_draw_and_a_new_one_is_another(
         drawn.append(tuple(args[1]))  # type: ignore[arg-type]
         raise UserError("seen enough")
 
-    monkeypatch.setattr("moge_hal.conformance.verify.run", seen)
+    monkeypatch.setattr("moge_hal.conformance.reports.verify.run", seen)
     path = put(tmp_path, report)
     first = verify(path)
     verify(path, seed=first.seed)
@@ -180,7 +180,7 @@ def test_a_spoiled_report_is_rejected_before_anything_runs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delattr("moge_hal.conformance.verify.run")
+    monkeypatch.delattr("moge_hal.conformance.reports.verify.run")
     found = verify(put(tmp_path, spoil(report)))
     assert any(reason in sentence for sentence in found.wrong), found.wrong
     assert found.exit_code == 1 and "VERIFIED" not in found.report().upper()

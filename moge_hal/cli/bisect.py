@@ -29,7 +29,7 @@ def bisect(
 ) -> None:
     """Find the first layer and operation where a backend makes a whole model wrong. Exit code 1:
     it does."""
-    from moge_hal.conformance.bisect import bisect as run
+    from moge_hal.conformance.bisecting.bisect import bisect as run
     from moge_hal.registry import get_backend, settings
 
     judged = get_backend(backend)

@@ -85,7 +85,7 @@ def conformance(
 
 def _golden(backend: str | None, files: list[Path], simulate: bool) -> int:
     """Judges stored cases; the exit code."""
-    from moge_hal.conformance.golden_check import judge_file
+    from moge_hal.conformance.golden.check import judge_file
     from moge_hal.conformance.session import split, subjects
     from moge_hal.conformance.verdict import Failure, Skip
 
@@ -127,7 +127,7 @@ def verify(
 ) -> None:
     """Check that a report is whole and sound, and run cases drawn from it again on this machine.
     Exit code 1: it is not, or could not be confirmed."""
-    from moge_hal.conformance.verify import verify as check
+    from moge_hal.conformance.reports.verify import verify as check
 
     found = check(report, draw, seed, allow_import)
     print(found.report())
@@ -146,8 +146,8 @@ def matrix(
     ] = False,
 ) -> None:
     """Write the table of what runs where, from reports of the suite."""
-    from moge_hal.conformance.matrix import in_readme
-    from moge_hal.conformance.matrix import matrix as table_of
+    from moge_hal.conformance.reports.matrix import in_readme
+    from moge_hal.conformance.reports.matrix import matrix as table_of
     from moge_hal.files import write_file
 
     table = table_of(reports)

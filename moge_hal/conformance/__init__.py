@@ -1,15 +1,18 @@
 """The judge of backends. `run(["cpu", "onnx"])` says what each of them computes, and how exactly.
 
-cases.py                                   the list of cases; an id is a case
-inputs.py                                  id -> inputs, the same everywhere
+cases.py                                   an id is a case
+inputs.py, digest.py                       id -> inputs, the same everywhere
 oracle.py                                  what is right, in float64
 limits.py                                  how wrong a right answer may be
 judge.py, routing.py                       outputs against the oracle; routes, by margin
 subject.py                                 runs a backend as a model would
-properties.py, caching.py, gradients.py    what every operation must keep
-whole_model.py, forced.py, weights.py      what a whole model must keep
+forced.py, weights.py                      the oracle on a backend's routes; the models judged whole
+properties/                                what operations and whole models must keep
 judging.py                                 one case, one backend, one verdict
-runner.py, plugin.py, suite.py, result.py  pytest, the table, the exit code
+listing.py, selection.py                   the list of cases, and which of them run
+runner.py, session.py, plugin.py           a run, in pytest
+result.py, deviations.py, levels.py        what came of it, what was expected, what it ran on
+reports/, bisecting/, golden/              what follows from it; cases in files
 """
 
 from importlib import import_module

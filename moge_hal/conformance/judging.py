@@ -1,12 +1,19 @@
 """One case, one backend, one verdict."""
 
-from moge_hal.conformance import bitwise, caching, capture, gradients, properties, whole_model
 from moge_hal.conformance.cases import Case
+from moge_hal.conformance.properties import (
+    bitwise,
+    caching,
+    capture,
+    gradients,
+    operations,
+    whole_model,
+)
 from moge_hal.conformance.subject import Subject
 from moge_hal.conformance.verdict import Skip, Verdict
 
 OPERATION_PROPERTIES = {
-    **properties.PROPERTIES,
+    **operations.PROPERTIES,
     **caching.PROPERTIES,
     "gradients": gradients.gradients,
     "bitwise": bitwise.bitwise,

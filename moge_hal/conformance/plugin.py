@@ -130,7 +130,7 @@ class Reporter:
         result = self.result()
         folder = self.config.getoption("moge_report")
         if folder:
-            from moge_hal.conformance.report import write
+            from moge_hal.conformance.reports.report import write
 
             write(Path(folder), result, self.started, time.time() - self.started)
         if result.exit_code and session.exitstatus == pytest.ExitCode.OK:

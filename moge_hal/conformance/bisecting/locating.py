@@ -15,11 +15,11 @@ from torch.utils import _pytree
 from moge_hal.backend import Backend
 from moge_hal.bind import bind, bind_operations
 from moge_hal.config import Config
-from moge_hal.conformance.evidence import Evidence, Suspect
+from moge_hal.conformance.bisecting.evidence import Evidence, Suspect
+from moge_hal.conformance.bisecting.recording import Watch
+from moge_hal.conformance.bisecting.replaying import Replay
 from moge_hal.conformance.forced import Oracle
-from moge_hal.conformance.recording import Watch
-from moge_hal.conformance.replaying import Replay
-from moge_hal.conformance.scenes import Scene, verdict
+from moge_hal.conformance.properties.scenes import Scene, verdict
 from moge_hal.conformance.verdict import Failure, Skip
 from moge_hal.runtime import Model
 

@@ -8,8 +8,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from moge_hal.conformance.cases import DTYPES, Case
-from moge_hal.conformance.provenance import suite_hash
-from moge_hal.conformance.report import Report, Reported
+from moge_hal.conformance.reports.provenance import suite_hash
+from moge_hal.conformance.reports.report import Report, Reported
 from moge_hal.conformance.result import WORDS, Outcome, Selection
 from moge_hal.conformance.selection import select
 from moge_hal.registry import LEVELS, PROFILES

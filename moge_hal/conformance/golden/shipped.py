@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moge_hal.conformance.caching import ragged_positions
 from moge_hal.conformance.cases import Case, parse
-from moge_hal.conformance.golden import write
+from moge_hal.conformance.golden.store import write
 from moge_hal.conformance.inputs import Args, draw, integers
+from moge_hal.conformance.properties.caching import ragged_positions
 from moge_hal.errors import UserError
 
-FOLDER = Path(__file__).with_name("golden")
+FOLDER = Path(__file__).with_name("cases")
 
 # By id: what the case is there for.
 CASES = {

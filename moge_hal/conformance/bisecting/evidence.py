@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moge_hal.conformance.golden import case_of
+from moge_hal.conformance.bisecting.recording import Call
+from moge_hal.conformance.golden.store import case_of
 from moge_hal.conformance.inputs import Args
 from moge_hal.conformance.judge import check, measure
 from moge_hal.conformance.limits import worst_row
 from moge_hal.conformance.oracle import exact
-from moge_hal.conformance.recording import Call
-from moge_hal.conformance.scenes import Scene
+from moge_hal.conformance.properties.scenes import Scene
 from moge_hal.conformance.subject import ROLES
 from moge_hal.conformance.verdict import Failure, Verdict
 from moge_hal.errors import UserError

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-_PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(__file__).resolve().parents[2]
 
 # What a verdict rests on: the suite from its list of cases to the word, the specification, the
 # contract, how a backend is bound to them, and the model that is judged whole. `tests/test_report`
@@ -22,15 +22,10 @@ SOURCES = (
     "bind",
     "cache",
     "config",
-    "conformance/bitwise",
-    "conformance/caching",
-    "conformance/capture",
     "conformance/cases",
     "conformance/deviations",
     "conformance/digest",
-    "conformance/faking",
     "conformance/forced",
-    "conformance/gradients",
     "conformance/inputs",
     "conformance/judge",
     "conformance/judging",
@@ -38,16 +33,21 @@ SOURCES = (
     "conformance/limits",
     "conformance/listing",
     "conformance/oracle",
-    "conformance/properties",
+    "conformance/properties/bitwise",
+    "conformance/properties/caching",
+    "conformance/properties/capture",
+    "conformance/properties/faking",
+    "conformance/properties/gradients",
+    "conformance/properties/operations",
+    "conformance/properties/training",
+    "conformance/properties/whole_model",
     "conformance/routing",
     "conformance/selection",
     "conformance/session",
     "conformance/subject",
     "conformance/test_suite",
-    "conformance/training",
     "conformance/verdict",
     "conformance/weights",
-    "conformance/whole_model",
     "generate",
     "model",
     "ops",

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moge_hal.conformance.evidence import Suspect
+from moge_hal.conformance.bisecting.evidence import Suspect
 from moge_hal.conformance.verdict import Failure
 
 

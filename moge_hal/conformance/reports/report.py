@@ -14,8 +14,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from moge_hal.conformance.form import build, load
-from moge_hal.conformance.provenance import (
+from moge_hal.conformance.reports.form import build, load
+from moge_hal.conformance.reports.provenance import (
     Git,
     Machine,
     git,
@@ -105,7 +105,9 @@ def write(folder: Path, result: Result, started: float, seconds: float) -> None:
 
     Raises `UserError` if they cannot be written.
     """
-    from moge_hal.conformance.page import render  # which reads reports, and so imports this module
+    from moge_hal.conformance.reports.page import (
+        render,  # which reads reports, and so imports this module
+    )
 
     report = Report.of(result, started, seconds)
     text = json.dumps(report.data(), indent=1, allow_nan=False, ensure_ascii=False)

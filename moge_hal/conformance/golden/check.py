@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moge_hal.conformance.golden import Golden, Output, read
+from moge_hal.conformance.golden.store import Golden, Output, read
 from moge_hal.conformance.inputs import Args
 from moge_hal.conformance.judge import worst
 from moge_hal.conformance.limits import worst_row

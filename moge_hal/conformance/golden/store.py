@@ -2,12 +2,8 @@
 
 A file is an .npz that numpy opens without pickle: the arguments of one or more calls, the outputs
 of the specification in float64, and a JSON text with the rest, the limit of each output included.
-`golden/README.md` is the format, complete; the shipped files lie beside it. Whoever finds a wrong
-answer in the field saves it as another one with `write`.
-
-golden.py          the file: write and read
-golden_check.py    a backend against a file
-golden_list.py     the shipped files
+`README.md` beside this is the format, complete. Whoever finds a wrong answer in the field saves it
+as another one with `write`.
 """
 
 import inspect

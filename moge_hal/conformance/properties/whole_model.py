@@ -15,15 +15,15 @@ from torch import Tensor
 from moge_hal.backend import StepOut
 from moge_hal.bind import bind
 from moge_hal.config import preset
-from moge_hal.conformance.bitwise import bitwise
-from moge_hal.conformance.caching import chunk_sizes, ragged_positions, spoil
-from moge_hal.conformance.capture import no_sync
 from moge_hal.conformance.cases import Case
 from moge_hal.conformance.forced import Oracle, Transcript, play, transcribe
 from moge_hal.conformance.inputs import integers
 from moge_hal.conformance.judge import worst
+from moge_hal.conformance.properties.bitwise import bitwise
+from moge_hal.conformance.properties.caching import chunk_sizes, ragged_positions, spoil
+from moge_hal.conformance.properties.capture import no_sync
+from moge_hal.conformance.properties.training import train_step
 from moge_hal.conformance.subject import Subject
-from moge_hal.conformance.training import train_step
 from moge_hal.conformance.verdict import Failure, Verdict
 from moge_hal.conformance.weights import model_weights, random_weights
 from moge_hal.errors import CacheFullError, UserError

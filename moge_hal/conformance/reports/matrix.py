@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moge_hal.conformance.cases import DTYPES, PROPERTIES, parse
-from moge_hal.conformance.consistency import faults, held
-from moge_hal.conformance.report import Report, Reported, read
+from moge_hal.conformance.reports.consistency import faults, held
+from moge_hal.conformance.reports.report import Report, Reported, read
 from moge_hal.conformance.result import Outcome
 from moge_hal.errors import UserError
 

@@ -33,8 +33,8 @@ from torch.utils import _pytree
 from moge_hal.backend import Backend
 from moge_hal.bind import bind
 from moge_hal.conformance.cases import Case
-from moge_hal.conformance.faking import CHIP, Recording, fake_chip, where
 from moge_hal.conformance.inputs import draw, integers
+from moge_hal.conformance.properties.faking import CHIP, Recording, fake_chip, where
 from moge_hal.conformance.subject import ROLES, Subject
 from moge_hal.conformance.verdict import Failure, Verdict
 from moge_hal.conformance.weights import model_weights

@@ -10,7 +10,7 @@ from html import escape
 from string import ascii_lowercase
 
 from moge_hal.conformance.cases import DTYPES, PROPERTIES
-from moge_hal.conformance.report import Reported
+from moge_hal.conformance.reports.report import Reported
 from moge_hal.conformance.result import Outcome, Word
 
 MARKS: dict[Word, str] = {"passed": "✓", "failed": "✗", "deviates": "≈", "skipped": "○"}

@@ -19,9 +19,9 @@ import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moge_hal.conformance.consistency import expected, faults, held
 from moge_hal.conformance.digest import digest
-from moge_hal.conformance.report import Report, Reported, read
+from moge_hal.conformance.reports.consistency import expected, faults, held
+from moge_hal.conformance.reports.report import Report, Reported, read
 from moge_hal.conformance.result import Judged, Outcome
 from moge_hal.conformance.runner import run
 from moge_hal.errors import UserError, require_whole

@@ -16,13 +16,13 @@ from moge_hal import ops
 from moge_hal.backend import Backend
 from moge_hal.bind import bind
 from moge_hal.config import Config
-from moge_hal.conformance.caching import spoil
+from moge_hal.conformance.bisecting.recording import Call, Watch
 from moge_hal.conformance.cases import Case
-from moge_hal.conformance.golden import case_of
+from moge_hal.conformance.golden.store import case_of
 from moge_hal.conformance.inputs import Args
 from moge_hal.conformance.oracle import Follow, Outputs
-from moge_hal.conformance.recording import Call, Watch
-from moge_hal.conformance.scenes import Scene, perform
+from moge_hal.conformance.properties.caching import spoil
+from moge_hal.conformance.properties.scenes import Scene, perform
 from moge_hal.conformance.subject import Subject
 from moge_hal.conformance.verdict import Skip
 from moge_hal.router import RouteSpec

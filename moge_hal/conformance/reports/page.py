@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from moge_hal.conformance import grids
-from moge_hal.conformance.grids import MARKS, WORST_FIRST
-from moge_hal.conformance.report import Report, Reported
+from moge_hal.conformance.reports import grids
+from moge_hal.conformance.reports.grids import MARKS, WORST_FIRST
+from moge_hal.conformance.reports.report import Report, Reported
 from moge_hal.conformance.result import WORDS, Outcome, Selection, Word
 
 LISTED = 10  # of the slowest, and of those next to their limits

@@ -34,7 +34,7 @@ CHIP = torch.device("cuda", 0)  # the one device besides the CPU whose fakes eve
 _META = torch.device("meta")
 _CPU = torch.device("cpu")
 _TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parent)
+_HERE = str(Path(__file__).parents[1])
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 _MASKS = (torch.bool, torch.uint8)
 

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moge_hal.conformance.caching import chunk_sizes
 from moge_hal.conformance.cases import Case
 from moge_hal.conformance.forced import play
 from moge_hal.conformance.inputs import PER_TOKEN, draw, integers
-from moge_hal.conformance.properties import take
+from moge_hal.conformance.properties.caching import chunk_sizes
+from moge_hal.conformance.properties.operations import take
 from moge_hal.conformance.subject import Subject
 from moge_hal.conformance.verdict import Failure, Verdict
 from moge_hal.conformance.weights import model_weights

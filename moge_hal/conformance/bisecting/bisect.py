@@ -27,16 +27,16 @@ from moge_hal import ops
 from moge_hal.backend import Backend
 from moge_hal.bind import bind_operations
 from moge_hal.config import Config
+from moge_hal.conformance.bisecting.evidence import Suspect
+from moge_hal.conformance.bisecting.finding import Finding, Wrong, measured
+from moge_hal.conformance.bisecting.locating import METHODS, Answer, Bench, Observer, fresh, locate
 from moge_hal.conformance.cases import DTYPES, PROPERTIES, Case, parse
-from moge_hal.conformance.evidence import Suspect
-from moge_hal.conformance.finding import Finding, Wrong, measured
-from moge_hal.conformance.golden import write
-from moge_hal.conformance.golden_check import judge_file
+from moge_hal.conformance.golden.check import judge_file
+from moge_hal.conformance.golden.store import write
 from moge_hal.conformance.judging import judge
 from moge_hal.conformance.levels import level_of
 from moge_hal.conformance.listing import every_case
-from moge_hal.conformance.locating import METHODS, Answer, Bench, Observer, fresh, locate
-from moge_hal.conformance.scenes import Scene, prompt_scene, scenes
+from moge_hal.conformance.properties.scenes import Scene, prompt_scene, scenes
 from moge_hal.conformance.subject import Subject
 from moge_hal.conformance.verdict import Skip
 from moge_hal.conformance.weights import model_weights

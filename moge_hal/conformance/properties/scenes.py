@@ -13,10 +13,10 @@ from torch import Tensor
 from moge_hal.backend import Backend
 from moge_hal.bind import bind
 from moge_hal.config import Config
-from moge_hal.conformance.caching import chunk_sizes, ragged_positions, spoil
 from moge_hal.conformance.forced import Oracle, Transcript, play
 from moge_hal.conformance.inputs import integers
 from moge_hal.conformance.judge import worst
+from moge_hal.conformance.properties.caching import chunk_sizes, ragged_positions, spoil
 from moge_hal.conformance.verdict import Failure, Verdict
 from moge_hal.errors import CacheFullError, UserError
 from moge_hal.generate import tokens
