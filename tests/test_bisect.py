@@ -26,10 +26,10 @@ from moge_hal.config import preset
 from moge_hal.conformance.bisecting.bisect import Bisection, bisect
 from moge_hal.conformance.bisecting.finding import Finding
 from moge_hal.conformance.bisecting.locating import METHODS, Bench, fresh, locate, overrides
+from moge_hal.conformance.bisecting.playlist import scenes
 from moge_hal.conformance.cases import parse
 from moge_hal.conformance.golden.check import judge_file
 from moge_hal.conformance.judging import judge
-from moge_hal.conformance.properties.scenes import scenes
 from moge_hal.conformance.subject import Subject
 from moge_hal.conformance.verdict import Failure
 from moge_hal.conformance.weights import random_weights
@@ -253,8 +253,8 @@ def test_a_graph_backend_s_replay() -> None:
 def test_a_right_backend_is_right(kind: Callable[[], Backend]) -> None:
     result = bisect(kind(), "right")
     assert result.finding is None and set(result.scenes) == {"tiny-seed0", "tiny-seed1", "shipped"}
-    assert all(count == 13 for count in result.scenes.values())
-    assert result.report().startswith("right is right in every scene: 13 of tiny-seed0, ")
+    assert all(count == 14 for count in result.scenes.values())
+    assert result.report().startswith("right is right in every scene: 14 of tiny-seed0, ")
 
 
 def test_a_backend_without_float32() -> None:
@@ -276,7 +276,7 @@ def test_a_folder_and_a_prompt(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     changed = {name: weight * 1.25 for name, weight in WEIGHTS.items()}
     moge_hal.save(bind(TINY, changed, Backend(), dtype=torch.float32), folder, dtype=torch.float32)
-    assert bisect(Backend(), "right", model=folder).scenes == {str(folder): 13}
+    assert bisect(Backend(), "right", model=folder).scenes == {str(folder): 14}
     finding = bisect(faults.FromTheSecondCall(), "wrong", model=folder).finding
     assert finding is not None and finding.model == str(folder) and finding.place == "rotary"
     with pytest.raises(UserError, match="has no tokenizer"):

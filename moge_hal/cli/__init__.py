@@ -3,8 +3,6 @@
 """
 
 from moge_hal.cli import bisect, judge, models  # their commands register themselves
-from moge_hal.cli.app import app, example, main
-
-app.command("bisect", epilog=example("moge-hal bisect --backend my_chip:MyChip"))(bisect.bisect)
+from moge_hal.cli.app import app, main
 
 __all__ = ["app", "bisect", "judge", "main", "models"]

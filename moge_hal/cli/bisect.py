@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from moge_hal.cli.app import BackendOption, JsonOption, progress
+from moge_hal.cli.app import BackendOption, JsonOption, app, example, progress
 
 
+@app.command(epilog=example("moge-hal bisect --backend my_chip:MyChip"))
 def bisect(
     backend: BackendOption = None,
     model: Annotated[

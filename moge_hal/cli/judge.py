@@ -1,4 +1,4 @@
-"""Commands about backends: conformance, verify, matrix, bisect, new-backend."""
+"""Commands about backends: conformance, verify, matrix, new-backend."""
 
 import json
 from pathlib import Path

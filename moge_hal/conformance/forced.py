@@ -11,9 +11,8 @@ sides of a comparison.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,6 @@ from moge_hal.config import Config
 from moge_hal.conformance.limits import limit, worst_row
 from moge_hal.conformance.oracle import Follow, FollowPermuted
 from moge_hal.conformance.routing import check_structure
-from moge_hal.conformance.subject import same_bits
 from moge_hal.conformance.verdict import Failure, Verdict
 from moge_hal.runtime import Model
 
@@ -50,31 +48,6 @@ class Transcript:
             torch.cat([self.shown, later.shown], 1),
             torch.cat([self.routes, later.routes], 2),
         )
-
-
-def play(
-    model: Model,
-    ids: Tensor,
-    positions: Tensor,
-    sizes: Iterable[int],
-    cache: Any,
-    last_only: bool = False,
-) -> tuple[Transcript, Any]:
-    """Steps of these sizes over ids and positions [B, S] -> what came out, and the cache."""
-    played: Transcript | None = None
-    given: list[tuple[Tensor, Tensor]] = []  # what steps returned, and copies
-    start = 0
-    for size in sizes:
-        part = slice(start, start + size)
-        out = model.step(ids[:, part], positions[:, part], cache, last_only)
-        step, cache = transcribe(model, ids[:, part], positions[:, part], out, last_only), out.cache
-        given += [(part, part.clone()) for part in (out.logits, out.routes)]
-        played = step if played is None else played.then(step)
-        start += size
-    assert played is not None
-    if not all(same_bits(now, then) for now, then in given):
-        raise Failure("a later step wrote over the logits or routes that a step returned")
-    return played, cache
 
 
 def transcribe(

@@ -1,7 +1,7 @@
 """From a model that is wrong as a whole to the operation that is wrong in it.
 
-1. The scenes of the suite (`scenes.py`) are played until one fails, and that one alone again, by an
-   instance of its own: what only fails behind others is played with them.
+1. The scenes of the suite (`properties/whole_model.py`) are played until one fails, and that one
+   alone again, by an instance of its own: what only fails behind others is played with them.
 2. The backend plays it once more, and every call of an operation is judged in order on the inputs
    that it really got (`locating.py`).
 3. Every suspect is exchanged for its default: the one whose exchange makes the scene pass is the
@@ -30,13 +30,14 @@ from moge_hal.config import Config
 from moge_hal.conformance.bisecting.evidence import Suspect
 from moge_hal.conformance.bisecting.finding import Finding, Wrong, measured
 from moge_hal.conformance.bisecting.locating import METHODS, Answer, Bench, Observer, fresh, locate
+from moge_hal.conformance.bisecting.playlist import prompt_scene, scenes
 from moge_hal.conformance.cases import DTYPES, PROPERTIES, Case, parse
 from moge_hal.conformance.golden.check import judge_file
 from moge_hal.conformance.golden.store import write
 from moge_hal.conformance.judging import judge
 from moge_hal.conformance.levels import level_of
 from moge_hal.conformance.listing import every_case
-from moge_hal.conformance.properties.scenes import Scene, prompt_scene, scenes
+from moge_hal.conformance.properties.scenes import Scene
 from moge_hal.conformance.subject import Subject
 from moge_hal.conformance.verdict import Skip
 from moge_hal.conformance.weights import model_weights
@@ -87,7 +88,7 @@ class Played:
 
     def scenes(self) -> Iterator[Scene]:
         if self.ids is None:
-            return scenes(self.config, self.weights)
+            return scenes(self.config, self.weights, self.key)
         return iter([prompt_scene(self.config, self.weights, self.ids)])
 
 

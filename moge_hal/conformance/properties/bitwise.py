@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from moge_hal.conformance.cases import Case
-from moge_hal.conformance.forced import play
 from moge_hal.conformance.inputs import PER_TOKEN, draw, integers
 from moge_hal.conformance.properties.caching import chunk_sizes
 from moge_hal.conformance.properties.operations import take
+from moge_hal.conformance.properties.scenes import Scene, Text, perform
 from moge_hal.conformance.subject import Subject
 from moge_hal.conformance.verdict import Failure, Verdict
 from moge_hal.conformance.weights import model_weights
@@ -51,8 +51,9 @@ def _model(subject: Subject, case: Case) -> Verdict:
     positions = torch.arange(length).repeat(rows, 1)
 
     def told(some: slice, sizes: Sequence[int]) -> Tensor:
-        texts = ids[some], positions[some]
-        script, _ = play(model, *texts, sizes, model.new_cache(len(texts[0]), length))
+        (script,) = perform(
+            model, Scene.of("bitwise", Text(ids[some], positions[some]), sizes, length)
+        )
         return script.logits
 
     whole = told(slice(None), [length])

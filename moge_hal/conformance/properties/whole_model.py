@@ -1,10 +1,10 @@
 """What a whole model must keep, through `Model.step` alone: eager and graph backends alike.
 
-Every property plays a scene with the backend's model and lets the oracle follow (`forced.py`):
-however a text is cut into steps, its logits are those of one pass.
+Most properties are scenes (`scenes.py`): the backend's model plays one, and the oracle follows it
+(`forced.py`). However a text is cut into steps, its logits are those of one pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache, reduce
 from typing import Any
@@ -14,119 +14,91 @@ from torch import Tensor
 
 from moge_hal.backend import StepOut
 from moge_hal.bind import bind
-from moge_hal.config import preset
+from moge_hal.config import Config, preset
 from moge_hal.conformance.cases import Case
-from moge_hal.conformance.forced import Oracle, Transcript, play, transcribe
+from moge_hal.conformance.forced import Oracle, Transcript, transcribe
 from moge_hal.conformance.inputs import integers
 from moge_hal.conformance.judge import worst
 from moge_hal.conformance.properties.bitwise import bitwise
-from moge_hal.conformance.properties.caching import chunk_sizes, ragged_positions, spoil
+from moge_hal.conformance.properties.caching import chunk_sizes, ragged_positions
 from moge_hal.conformance.properties.capture import no_sync
+from moge_hal.conformance.properties.scenes import Move, Scene, Text, verdict
 from moge_hal.conformance.properties.training import train_step
 from moge_hal.conformance.subject import Subject
 from moge_hal.conformance.verdict import Failure, Verdict
 from moge_hal.conformance.weights import model_weights, random_weights
-from moge_hal.errors import CacheFullError, UserError
+from moge_hal.errors import UserError
 from moge_hal.generate import tokens
 from moge_hal.runtime import Model
 
 EMITTED = 64  # tokens of a generated text
 OTHER_DTYPES = (torch.bfloat16, torch.float16, torch.float64, torch.int8)
 
-
-@lru_cache(maxsize=4)
-def _oracle(case: Case) -> Oracle:
-    return Oracle(*model_weights(case), case.dtype)
+Draw = Callable[[int, int], Text]  # rows, tokens -> random ids at positions 0, 1, ...
 
 
-def _scene(
-    subject: Subject, case: Case, batch: int, length: int
-) -> tuple[Model, Oracle, Tensor, Tensor]:
-    """The backend's model, the oracle, and random ids with their positions [B, S]."""
-    config, weights = model_weights(case)
-    ids = integers(f"{case.id}/ids", batch, length, low=0, high=config.vocab_size)
-    positions = torch.arange(length).repeat(batch, 1)
-    model = subject.model(case.shape, config, weights, case.dtype)
-    return model, _oracle(replace(case, prop="")), ids, positions
-
-
-def one_pass(subject: Subject, case: Case) -> Verdict:
+def one_pass(draw: Draw, context: int) -> list[Scene]:
     """Whole rows without a cache.
 
     Guards against what hangs on how a model uses the operations: the bias of the output projection
     left out, router_scale forgotten, a weight packed for another role than its own.
     """
-    model, oracle, ids, positions = _scene(subject, case, 2, 33)
-    return oracle.check(play(model, ids, positions, [33], None)[0])
+    return [Scene.of("one-pass", draw(2, 33), [33])]
 
 
-def decode(subject: Subject, case: Case) -> Verdict:
+def decode(draw: Draw, context: int) -> list[Scene]:
     """A prompt, then a token at a time.
 
     Guards against: a decode path of its own (one row, another kernel) that drifts from prefill;
-    positions that start at 0 again.
+    positions that start at 0 again; logits in a buffer that the next step writes over.
     """
-    model, oracle, ids, positions = _scene(subject, case, 2, 21)
-    sizes = [13, *[1] * 8]
-    return oracle.check(play(model, ids, positions, sizes, model.new_cache(2, 24))[0])
+    return [Scene.of("decode", draw(2, 21), [13, *[1] * 8], 24)]
 
 
-def chunks(subject: Subject, case: Case) -> Verdict:
+def chunks(draw: Draw, context: int) -> list[Scene]:
     """Prefill in chunks of odd sizes.
 
     Guards against: masks that suppose an empty cache; shapes that a compiled step was specialised
     to.
     """
-    model, oracle, ids, positions = _scene(subject, case, 1, 50)
-    return oracle.check(play(model, ids, positions, chunk_sizes(50), model.new_cache(1, 64))[0])
+    return [Scene.of("chunks", draw(1, 50), chunk_sizes(50), 64)]
 
 
-def last_only(subject: Subject, case: Case) -> Verdict:
+def last_only(draw: Draw, context: int) -> list[Scene]:
     """What generation asks for: of a prompt, a chunk and single tokens, the last position alone;
     and of whole rows without a cache.
 
     Guards against: a shortcut before the output projection that takes the first row, or that of
-    another sequence; nothing else of the suite goes that way.
+    another sequence.
     """
-    model, oracle, ids, positions = _scene(subject, case, 2, 21)
-    verdicts = []
-    for sizes in ([21], [9, 8, 1, 1, 1, 1]):
-        cache = None if len(sizes) == 1 else model.new_cache(2, 24)
-        verdicts += [oracle.check(play(model, ids, positions, sizes, cache, True)[0])]
-    return worst(verdicts)
+    text = draw(2, 21)
+    return [
+        Scene.of("last-only", text, [21], last_only=True),
+        Scene.of("last-only", text, [9, 8, 1, 1, 1, 1], 24, last_only=True),
+    ]
 
 
-def batch(subject: Subject, case: Case) -> Verdict:
+def batch(draw: Draw, context: int) -> list[Scene]:
     """Thirty-seven rows at once: a prompt, then two tokens.
 
     Guards against: a kernel for up to 8, 16 or 32 rows whose next block is wrong.
     """
-    model, oracle, ids, positions = _scene(subject, case, 37, 7)
-    return oracle.check(play(model, ids, positions, [5, 1, 1], model.new_cache(37, 8))[0])
+    return [Scene.of("batch", draw(37, 7), [5, 1, 1], 8)]
 
 
-def two_caches(subject: Subject, case: Case) -> Verdict:
+def two_caches(draw: Draw, context: int) -> list[Scene]:
     """Two texts, each with a cache of its own, written in turn.
 
     Guards against: buffers that belong to the model instead of the cache, which one text at a time
     never shows.
     """
-    model, oracle, ids, positions = _scene(subject, case, 2, 20)
-    texts = [ids, ids.flip(1)]
-    caches = [model.new_cache(2, 24) for _ in texts]
-    written: list[Transcript | None] = [None, None]
-    for start, end in ((0, 11), (11, 18), (18, 19), (19, 20)):
-        for i, text in enumerate(texts):
-            part = slice(start, end)
-            more, caches[i] = play(
-                model, text[:, part], positions[:, part], [end - start], caches[i]
-            )
-            before = written[i]
-            written[i] = more if before is None else before.then(more)
-    return worst([oracle.check(text) for text in written if text is not None])
+    text = draw(2, 20)
+    other = Text(text.ids.flip(1), text.positions)
+    turns = [Move(which, size) for size in (0, 11, 7, 1, 1) for which in (0, 1)]
+    return [Scene("two-caches", (text, other), tuple(turns), 24)]
 
 
-def long(subject: Subject, case: Case) -> Verdict:
+def long(draw: Draw, context: int) -> list[Scene]:
     """A prompt of 531 tokens, another chunk up to the end of the context (1,024 positions at most),
     and the last 2 tokens that it holds.
 
@@ -134,13 +106,12 @@ def long(subject: Subject, case: Case) -> Verdict:
     in low precision, which are right for the first hundred positions; blocks of 512 whose second
     one is wrong.
     """
-    context = min(model_weights(case)[0].max_position_embeddings, 1024)
-    model, oracle, ids, positions = _scene(subject, case, 1, context)
-    sizes = [531, context - 533, 1, 1]
-    return oracle.check(play(model, ids, positions, sizes, model.new_cache(1, context))[0])
+    length = min(context, 1024)
+    sizes = [531, length - 533, 1, 1] if length > 533 else [length - 2, 1, 1]
+    return [Scene.of("long", draw(1, length), sizes, length)]
 
 
-def ragged(subject: Subject, case: Case) -> Verdict:
+def ragged(draw: Draw, context: int) -> list[Scene]:
     """Rows of different lengths, padded anywhere, in two chunks and then a token at a time, each
     row at its own position.
 
@@ -148,55 +119,87 @@ def ragged(subject: Subject, case: Case) -> Verdict:
     padding row that the next layer spreads. Rows end at different times: a finished row is fed
     padding while the others go on.
     """
-    model, oracle, ids, _ = _scene(subject, case, 4, 22)
-    positions = ragged_positions(*ids.shape)
-    cache = model.new_cache(4, 24)
-    return oracle.check(play(model, ids, positions, [11, 6, 1, 1, 1, 1, 1], cache)[0])
+    text = Text(draw(4, 22).ids, ragged_positions(4, 22))
+    return [Scene.of("ragged", text, [11, 6, 1, 1, 1, 1, 1], 24)]
 
 
-def stale(subject: Subject, case: Case) -> Verdict:
-    """Two prompts one after the other, each with a new cache: the second sees nothing of the first.
+def stale(draw: Draw, context: int) -> list[Scene]:
+    """Two prompts one after the other, each with a new cache: the second, shorter one sees nothing
+    of the first.
 
     Guards against: buffers that are handed out again without being cleared, and a length that is
     not reset.
     """
-    model, oracle, ids, positions = _scene(subject, case, 2, 40)
-    play(model, ids, positions, [38, 1, 1], model.new_cache(2, 48))
-    ids, positions = ids.flip(1)[:, :15], positions[:, :15]
-    return oracle.check(play(model, ids, positions, [11, 1, 1, 2], model.new_cache(2, 48))[0])
+    first = draw(2, 40)
+    second = Text(first.ids.flip(1)[:, :15], first.positions[:, :15])
+    moves = [Move(0, size) for size in (38, 1, 1)] + [Move(1, size) for size in (11, 1, 1, 2)]
+    return [Scene("stale", (first, second), tuple(moves), 48)]
 
 
-def unwritten(subject: Subject, case: Case) -> Verdict:
+def unwritten(draw: Draw, context: int) -> list[Scene]:
     """A cache full of NaN instead of zeros: a slot that nobody wrote must not reach the logits.
 
     Guards against: 0 * NaN in an attention that masks the scores and multiplies all values.
     """
-    model, oracle, ids, positions = _scene(subject, case, 2, 19)
-    cache = model.new_cache(2, 24)
-    spoil(cache)
-    return oracle.check(play(model, ids, positions, [17, 1, 1], cache)[0])
+    return [Scene.of("unwritten", draw(2, 19), [17, 1, 1], 24, spoiled=True)]
 
 
-def cache_full(subject: Subject, case: Case) -> Verdict:
+def cache_full(draw: Draw, context: int) -> list[Scene]:
     """A step beyond the capacity is an error that writes nothing, and the last slot is usable, also
     by a row that is padded in the same call.
 
     Guards against: a capacity off by one; writes that wrap around over the first tokens; an error
     that leaves half a step behind; padding that is written into the last slot.
     """
-    model, oracle, ids, positions = _scene(subject, case, 2, 12)
-    before, cache = play(model, ids[:, :8], positions[:, :8], [8], model.new_cache(2, 9))
-    try:
-        model.step(ids[:, 8:], positions[:, 8:], cache)
-    except CacheFullError:
-        pass
-    else:
-        raise Failure("a step of 4 tokens into the last slot of a cache of 9 is no error")
-    after, _ = play(model, ids[:, 8:9], positions[:, 8:9], [1], cache)
-    padded = torch.stack([(torch.arange(12) - 3).clamp_min(-1), torch.arange(12)])
-    padded[1, 9:] = -1
-    full, _ = play(model, ids, padded, [12], model.new_cache(2, 9))
-    return worst([oracle.check(before.then(after)), oracle.check(full)])
+    text = draw(2, 12)
+    beyond = (Move(0, 8), Move(0, 4, refused=True), Move(0, 1))
+    positions = torch.stack([(torch.arange(12) - 3).clamp_min(-1), torch.arange(12)])
+    positions[1, 9:] = -1
+    padded = Scene.of("cache-full", Text(text.ids, positions), [12], 9)
+    return [Scene("cache-full", (text,), beyond, 9), padded]
+
+
+SCENES: dict[str, Callable[[Draw, int], list[Scene]]] = {
+    "one-pass": one_pass,
+    "decode": decode,
+    "chunks": chunks,
+    "last-only": last_only,
+    "batch": batch,
+    "two-caches": two_caches,
+    "long": long,
+    "ragged": ragged,
+    "stale": stale,
+    "unwritten": unwritten,
+    "cache-full": cache_full,
+}
+
+
+def scenes_of(name: str, config: Config, key: str) -> list[Scene]:
+    """The scenes of a property for a model. key: of the case, which the ids are drawn from."""
+
+    def draw(rows: int, length: int) -> Text:
+        ids = integers(f"{key}/{name}/ids", rows, length, low=0, high=config.vocab_size)
+        return Text(ids, torch.arange(length).repeat(rows, 1))
+
+    return SCENES[name](draw, config.max_position_embeddings)
+
+
+def _played(subject: Subject, case: Case) -> Verdict:
+    model, oracle = _model(subject, case)
+    scenes = scenes_of(case.prop, model.config, case.key)
+    return worst([verdict(model, oracle, scene) for scene in scenes])
+
+
+def _model(subject: Subject, case: Case) -> tuple[Model, Oracle]:
+    """The backend's model, and the oracle."""
+    config, weights = model_weights(case)
+    model = subject.model(case.shape, config, weights, case.dtype)
+    return model, _oracle(replace(case, prop=""))
+
+
+@lru_cache(maxsize=4)
+def _oracle(case: Case) -> Oracle:
+    return Oracle(*model_weights(case), case.dtype)
 
 
 def generate(subject: Subject, case: Case) -> Verdict:
@@ -208,7 +211,8 @@ def generate(subject: Subject, case: Case) -> Verdict:
     that reads another row's position; and a whole path that no other property takes, prefill for
     the last position alone.
     """
-    model, oracle, ids, _ = _scene(subject, case, 2, 11)
+    model, oracle = _model(subject, case)
+    ids = integers(f"{case.id}/ids", 2, 11, low=0, high=model.config.vocab_size)
     recorder = Recorder(model)
     prompts = [ids[0].tolist(), ids[1, :6].tolist()]
     emitted = [
@@ -256,18 +260,8 @@ def dtype(subject: Subject, case: Case) -> Verdict:
     return Verdict()
 
 
-PROPERTIES: dict[str, Callable[[Subject, Case], Verdict]] = {
-    "one-pass": one_pass,
-    "decode": decode,
-    "chunks": chunks,
-    "last-only": last_only,
-    "batch": batch,
-    "two-caches": two_caches,
-    "long": long,
-    "ragged": ragged,
-    "stale": stale,
-    "unwritten": unwritten,
-    "cache-full": cache_full,
+PROPERTIES: Mapping[str, Callable[[Subject, Case], Verdict]] = {
+    **dict.fromkeys(SCENES, _played),
     "dtype": dtype,
     "generate": generate,
     "train-step": train_step,

@@ -39,6 +39,7 @@ SOURCES = (
     "conformance/properties/faking",
     "conformance/properties/gradients",
     "conformance/properties/operations",
+    "conformance/properties/scenes",
     "conformance/properties/training",
     "conformance/properties/whole_model",
     "conformance/routing",
