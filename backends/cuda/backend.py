@@ -10,7 +10,6 @@ from moge_hal.backend import Backend, Facts, Probe
 from moge_hal.backends.cuda.experts import expert_by_expert, slot_by_slot
 from moge_hal.ops import up
 
-
 RECORDED = 6  # times as many tokens as experts: no larger step is worth to be recorded
 
 
