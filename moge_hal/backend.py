@@ -115,8 +115,8 @@ class Backend:
         return None
 
     def pack(self, role: str, weight: Tensor) -> Any:
-        """Reorders or fuses a weight for its operation, in inference only; a packed model is
-        read-only. Default: as it is.
+        """Reorders or fuses a weight for its operation, in inference only, into something new: the
+        weight itself is not written to. A packed model is read-only. Default: as it is.
 
         role: operation and argument, e.g. `experts.gate_up`. Asked only for operations that the
         backend overrides itself. Such an override meets weights as they are, too, when a default

@@ -15,6 +15,9 @@ words:
     cancel   the results of a token's experts cancel out but for a small rest
     large    scores that float16 holds only after they are divided by sqrt(d)
     limit2   DeepSeek-V3's router: sigmoid, a bias for the selection, and (here) 2 groups compete
+    sigmoid  the same without a limit to groups
+    renorm   a softmax router whose weights are divided by their sum, times 1.5
+    eps3     a norm's epsilon is 10^-3 instead of 10^-5
     seed5    other inputs of the same shape
 
 Whole models have the operation `model`, the name of a model for a shape and its weights for a
@@ -72,11 +75,13 @@ _PROFILE = {
 }
 WORDS = {
     "linear": "nobias",
-    "route": "noscale",
+    "route": "noscale sigmoid renorm",
     "experts": "crowded cancel",
     "attention": "large",
     "model": "tiny shipped",
 }
+_OPTIONAL = {"route": ("limit",), "rms_norm": ("eps",), "add_rms_norm": ("eps",)}
+_MOST = 10**6  # a slip of the pen must not fill the memory
 MODEL_WEIGHTS = {"tiny": "random", "shipped": "trained"}
 
 
@@ -114,7 +119,7 @@ class Case:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """By letter; `limit` and `seed` too, if the shape has them."""
+        """By letter; `limit`, `eps` and `seed` too, if the shape has them."""
         parts = (re.fullmatch(r"([A-Za-z]+)(\d+)", part) for part in self.shape.split("-"))
         return {m[1]: int(m[2]) for m in parts if m}
 
@@ -138,6 +143,10 @@ class Case:
             return None
         if "limit" in size:
             return RouteSpec(size["G"], size["K"], "sigmoid", size["limit"], True, 2.5)
+        if "sigmoid" in self.words:
+            return RouteSpec(size["G"], size["K"], "sigmoid", None, True, 2.5)
+        if "renorm" in self.words:
+            return RouteSpec(size["G"], size["K"], renormalise=True, factor=1.5)
         return RouteSpec(size["G"], size["K"])
 
 
@@ -165,10 +174,14 @@ def _known(word: str, names: Collection[str], kind: str, text: str) -> None:
 
 def _check_shape(case: Case) -> None:
     letters, size = LETTERS[case.op].split(), case.sizes
-    optional = {"seed", "limit"} if case.op == "route" else {"seed"}
+    optional = {"seed", *_OPTIONAL.get(case.op, ())}
     if not set(letters) <= size.keys() <= {*letters, *optional}:
         needs = "-".join(letters) or "a model's name"
         raise UserError(f"case {case.id!r}: a shape of {case.op} must give {needs}")
+    for letter, count in size.items():
+        least = 0 if letter in ("T", "S", "seed") else 1
+        if letter != "seed" and not least <= count <= _MOST:
+            raise UserError(f"case {case.id!r}: {letter} must be from {least} to {_MOST}")
     pairs = [("E", "G"), ("H", "Hkv")] + ([] if "limit" in size else [("K", "G")])
     for whole, part in pairs:
         if size.get(whole, 0) % size.get(part, 1):

@@ -26,7 +26,6 @@ Args = dict[str, Any]  # an operation's arguments in their order, by the names o
 # may be put into.
 PER_TOKEN = {"ids", "x", "residual", "q", "k", "v", "cos", "sin", "positions", "logits", "weights"}
 ACTIVATIONS = {"x", "residual", "q", "k", "v", "logits"}
-EPS = 1e-5
 
 
 def words(name: str, count: int) -> npt.NDArray[np.uint64]:
@@ -102,14 +101,18 @@ def _linear(case: Case) -> Args:
 def _rms_norm(case: Case) -> Args:
     s = case.sizes
     x = _float(case, "x", s["T"], s["D"], scale=case.scale)
-    return {"x": x, "w": _float(case, "w", s["D"]), "eps": EPS}
+    return {"x": x, "w": _float(case, "w", s["D"]), "eps": _epsilon(case)}
 
 
 def _add_rms_norm(case: Case) -> Args:
     s = case.sizes
     x = _float(case, "x", s["T"], s["D"], scale=case.scale)
     residual = _float(case, "residual", s["T"], s["D"], scale=case.scale)
-    return {"x": x, "residual": residual, "w": _float(case, "w", s["D"]), "eps": EPS}
+    return {"x": x, "residual": residual, "w": _float(case, "w", s["D"]), "eps": _epsilon(case)}
+
+
+def _epsilon(case: Case) -> float:
+    return float(f"1e-{case.sizes.get('eps', 5)}")
 
 
 def _rotary(case: Case) -> Args:
@@ -175,15 +178,16 @@ def _router_logits(case: Case) -> Args:
 
 
 def _route(case: Case) -> Args:
-    s, limited = case.sizes, "limit" in case.sizes
+    s = case.sizes
+    biased = "limit" in s or "sigmoid" in case.words
     scale = uniform(f"{case.key}/scale", s["E"], low=0.5, high=2.0).float()
     scale *= signs(f"{case.key}/sign", s["E"]).float()  # nothing says that a scale is positive
     bias = normal(f"{case.key}/bias", s["E"], scale=0.25).float()
     return {
         "logits": normal(f"{case.key}/logits", s["T"], s["E"], scale=case.scale).float(),
         "spec": case.spec,
-        "scale": None if limited or "noscale" in case.words else scale,
-        "bias": bias if limited else None,
+        "scale": None if biased or case.words & {"noscale", "renorm"} else scale,
+        "bias": bias if biased else None,
     }
 
 

@@ -11,7 +11,7 @@ from moge_hal.backend import Backend
 from moge_hal.conformance.cases import Case
 from moge_hal.conformance.inputs import Args, draw
 from moge_hal.conformance.limits import lean_limit, lean_of, limit, worst_row
-from moge_hal.conformance.oracle import Outputs, Permuted, exact, run, weights_for, widen
+from moge_hal.conformance.oracle import Elsewhere, Outputs, Permuted, exact, run, weights_for, widen
 from moge_hal.conformance.routing import check_route
 from moge_hal.conformance.verdict import Failure, Verdict
 
@@ -45,12 +45,16 @@ def longest_reduction(case: Case) -> int:
 
 
 def measure(case: Case, args: Args) -> list[Allowance]:
-    """The allowance of each output for these inputs, from plain torch as written and permuted."""
-    answers = [run(peer, case.op, args) for peer in (Backend(), Permuted(case.key))]
+    """The allowance of each output for these inputs, from plain torch as written, permuted and, in
+    low precision, rounded elsewhere."""
+    peers: list[Backend] = [Backend(), Permuted(case.key)]
+    if case.dtype != torch.float32 and case.op in ("experts", "attention"):
+        peers.append(Elsewhere())
+    answers = [run(peer, case.op, args) for peer in peers]
     if case.op == "route":  # each peer's weights are judged for its own ids
         exacts: list[Outputs] = [(ids, _weights_for(ids, args)) for ids, _ in answers]
     else:
-        exacts = [exact(case.op, args)] * 2
+        exacts = [exact(case.op, args)] * len(peers)
     n = longest_reduction(case)
     return [
         _allowance(
@@ -79,10 +83,17 @@ def _allowance(
 
 
 def _exponent(case: Case, args: Args) -> float:
-    """What a softmax router may lose in its exponent, for the limit (see limits.py)."""
-    if case.op != "route" or args["spec"].score != "softmax" or not args["logits"].numel():
+    """What a softmax may lose in its exponent, for the limit (see limits.py)."""
+    if case.op == "route" and args["spec"].score == "softmax":
+        exponents = args["logits"]
+    elif case.op == "attention":
+        times = args["q"].shape[2] // args["k"].shape[2]
+        keys = args["k"].double().repeat_interleave(times, 2)
+        scores = torch.einsum("bshd,bnhd->bhsn", args["q"].double(), keys)
+        exponents = scores / math.sqrt(keys.shape[-1])
+    else:
         return 0.0
-    return float(args["logits"].abs().max()) * 2.0**-23
+    return float(exponents.abs().max()) * 2.0**-23 if exponents.numel() else 0.0
 
 
 def _error(op: str, got: Tensor, want: Tensor) -> float:

@@ -6,21 +6,22 @@ the specification run in float64. It may be
     2 p + u + (4 + sqrt(n)/2) 2^-23        and for gradients 3 p instead of 2 p
 
 - p = the worst row of plain torch in this dtype, as written, and once more with its contraction
-  axes permuted by the case's seed: what reordering the very same sums does to these very inputs. It
-  holds all that depends on the data: cancellation, the range of a softmax, and what the dtype does
-  to a composite's intermediate results.
+  axes permuted by the case's seed: what reordering the very same sums does to these very inputs; in
+  low precision also with its roundings at other places (`oracle.Elsewhere`). It holds all that
+  depends on the data: cancellation, the range of a softmax, and what the dtype does to a
+  composite's intermediate results.
 - u = the unit roundoff of the output's dtype: the one rounding of the result that nobody can avoid.
 - n = the longest reduction. (4 + sqrt(n)/2) float32 steps are what a float32 accumulator may lose
   that runs through n terms one after the other, as a plain loop on any chip does and torch's
   blocked sums do not, and what a few elementary functions may.
 
-A softmax router's weights may be off by max |logit| 2^-23 besides. exp turns an absolute error of
-its argument into a relative one of its result, and not every right softmax subtracts the maximum
-first: exp(l - logsumexp(l)) rounds a number as large as the logits (half a step, |l| 2^-24), and in
-powers of two, exp2(l log2(e) - ...), the products are rounded as well (|l| 2^-24 more). At scale 30
-|l| is up to 120: the first was 1.6-3.8e-6 off, where the rule above allows 0.8-1.3e-6. Attention
-needs no such term, since its scores are drawn small enough (inputs.py); nor does a sigmoid, since
-nothing is subtracted from its argument.
+What comes of a softmax may be off by max |exponent| 2^-23 besides: the weights of a router, and
+attention. exp turns an absolute error of its argument into a relative one of its result, and not
+every right softmax subtracts the maximum first: exp(l - logsumexp(l)) rounds a number as large as
+the logits (half a step, |l| 2^-24), and in powers of two, exp2(l log2(e) - ...), the products are
+rounded as well (|l| 2^-24 more). At scale 30 |l| is up to 120: the first was 1.6-3.8e-6 off, where
+the rule above allows 0.8-1.3e-6; torch's fused attention was 1.06 times over it with heads of 128.
+A sigmoid needs no such term, since nothing is subtracted from its argument.
 
 Why this rule. A limit for each row of 2 p and 4 units in the last place, tried first, failed a
 sequential float32 sum of 5,120 terms at 3.4 times the limit, since a blocked sum is far better than

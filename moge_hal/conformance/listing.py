@@ -21,7 +21,14 @@ def _tokens(rest: str) -> list[str]:
 # The shapes whose values are judged, at every scale. A group never has as many members as there are
 # groups, since a swap of the two would be invisible; but for 64/8/8, which is Pangu's own.
 SHAPES = {
-    "embed": ["T17-V259-D40", *_tokens("V61-D24"), "T17-V259-D40-strided", "T17-V259-D40-offset"],
+    "embed": [
+        "T17-V259-D40",
+        *_tokens("V61-D24"),
+        "T17-V259-D40-strided",
+        "T17-V259-D40-offset",
+        "T7-V61-D37",
+        "T7-V70001-D8",
+    ],
     "linear": [
         "T17-I40-O56",
         *_tokens("I48-O40"),
@@ -29,16 +36,35 @@ SHAPES = {
         "T17-I40-O56-strided",
         "T17-I40-O56-offset",
         "T7-I40-O40",
+        "T7-I37-O29",
         "T7-I5120-O24",
     ],
-    "rms_norm": ["T17-D40", *_tokens("D24"), "T17-D40-strided", "T17-D40-offset", "T7-D5120"],
-    "add_rms_norm": ["T17-D40", *_tokens("D24"), "T17-D40-strided", "T17-D40-offset", "T7-D5120"],
+    "rms_norm": [
+        "T17-D40",
+        *_tokens("D24"),
+        "T17-D40-strided",
+        "T17-D40-offset",
+        "T7-D37",
+        "T7-D40-eps3",
+        "T7-D5120",
+        "T65537-D8",  # a grid of blocks may end at 65,535
+    ],
+    "add_rms_norm": [
+        "T17-D40",
+        *_tokens("D24"),
+        "T17-D40-strided",
+        "T17-D40-offset",
+        "T7-D37",
+        "T7-D40-eps3",
+        "T7-D5120",
+    ],
     "rotary": [
         "B3-S7-H6-Hkv2-d8",
         *[f"B2-S{length}-H4-Hkv4-d32" for length in COUNTS[:-1]],
         "B1-S531-H2-Hkv1-d8",
         "B3-S7-H6-Hkv2-d8-strided",
         "B3-S7-H6-Hkv2-d8-offset",
+        "B2-S7-H10-Hkv2-d10",
         "B19-S1-H6-Hkv2-d8",
     ],
     "attention": [
@@ -47,6 +73,7 @@ SHAPES = {
         "B1-S17-H4-Hkv4-d32",
         "B3-S7-H6-Hkv2-d8-strided",
         "B3-S7-H6-Hkv2-d8-offset",
+        "B2-S7-H10-Hkv2-d10",
         "B19-S1-H6-Hkv2-d8",
         "B1-S300-H2-Hkv1-d128",
         "B1-S531-H2-Hkv1-d8",
@@ -57,6 +84,7 @@ SHAPES = {
         "T17-D40-F24-strided",
         "T17-D40-F24-offset",
         "T7-D40-F20",  # gate_up is square
+        "T7-D37-F19",
         "T7-D5120-F24",
     ],
     "router_logits": [
@@ -64,6 +92,7 @@ SHAPES = {
         *_tokens("D24-E24"),
         "T17-D40-E15-strided",
         "T17-D40-E15-offset",
+        "T7-D37-E15",
         "T7-D5120-E64",
     ],
     "route": [
@@ -72,8 +101,11 @@ SHAPES = {
         "T17-E4-G4-K4",
         "T17-E24-G1-K4-noscale",
         "T17-E64-G8-K8",
-        "T64-E20-G4-K6-limit2",
+        "T64-E20-G4-K8-limit2",
         "T17-E6-G6-K2-limit3",
+        "T17-E24-G1-K4-sigmoid",
+        "T17-E24-G1-K4-renorm",
+        "T7-E256-G8-K16",
         "T17-E15-G3-K6-strided",
         "T17-E15-G3-K6-offset",
     ],
@@ -86,6 +118,8 @@ SHAPES = {
         "T17-D40-F24-E15-G3-K6-strided",
         "T17-D40-F24-E15-G3-K6-offset",
         "T7-D40-F20-E6-G3-K3",
+        "T7-D37-F19-E6-G3-K3",
+        "T7-D8-F8-E160-G8-K16",
         "T7-D5120-F8-E6-G3-K3",
     ],
 }
@@ -121,8 +155,13 @@ EXACT = {
 for _op, _shapes in SHAPES.items():
     # A decode step has one token a row; what is recorded of it is another kernel than of many.
     OTHER_SHAPES[_op, "no-sync"] = [_shapes[0], _shapes[2]]
+    # 531 tokens: a sum over tokens may end at a block's.
+    OTHER_SHAPES[_op, "gradients"] = [_shapes[0], *(s for s in _shapes if "531" in s)]
     # 64 tokens: kernels change at 8, 16 and 32 rows.
     OTHER_SHAPES[_op, "bitwise"] = [_shapes[0], _shapes[5]]
+
+OTHER_SHAPES["route", "gradients"] += ["T64-E20-G4-K8-limit2"]
+OTHER_SHAPES["experts", "gradients"] += ["T1-D24-F40-E12-G2-K4"]  # most experts are idle
 
 MODELS = (
     "model/f32/tiny-seed0/random",

@@ -5,9 +5,11 @@ written, and with every contraction axis permuted, which is the cheapest of all 
 kernels.
 """
 
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moge_hal import ops
@@ -63,6 +65,40 @@ class Permuted(Backend):
         scale, bias = (None if part is None else part[i] for part in (scale, bias))
         ids, weights = ops.route(logits[:, i], spec, scale, bias)
         return i[ids].int(), weights
+
+
+class Elsewhere(Backend):
+    """The specification with its roundings to a low precision at other places that are as good: a
+    token's weight multiplies what goes into the down projection, and keys are divided by sqrt(d).
+    Without a cache only.
+
+    As written and permuted, plain torch rounds the very same numbers, so both may be lucky alike.
+    """
+
+    name = "elsewhere"
+
+    def experts(
+        self, x: Tensor, gate_up: Any, down: Any, ids: Tensor, weights: Tensor, first: int = 0
+    ) -> Tensor:
+        out = torch.zeros_like(ops.up(x))
+        for e in range(len(gate_up)):
+            token, slot = torch.nonzero(ids == first + e, as_tuple=True)
+            gate, up = F.linear(x[token], gate_up[e]).chunk(2, -1)
+            inner = ops.up(F.silu(gate) * up) * weights[token, slot, None]
+            out = out.index_add(0, token, ops.up(F.linear(inner.to(x.dtype), down[e])))
+        return out.to(x.dtype)
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: Any, positions: Tensor
+    ) -> tuple[Tensor, Any]:
+        times = q.shape[2] // k.shape[2]
+        keys = (k / math.sqrt(q.shape[-1])).repeat_interleave(times, 2)
+        hidden = (positions[:, None] < 0) | (positions[:, None] > positions[:, :, None])
+        scores = ops.up(torch.einsum("bshd,bnhd->bhsn", q, keys))
+        scores = scores.masked_fill(hidden[:, None], torch.finfo(scores.dtype).min)
+        likely = scores.softmax(-1).to(v.dtype)
+        values = v.repeat_interleave(times, 2)
+        return torch.einsum("bhsn,bnhd->bshd", likely, values), None
 
 
 def run(backend: Backend, op: str, args: Args) -> Outputs:

@@ -38,7 +38,7 @@ ROLES = {
     ("experts", "gate_up"): "experts.gate_up",
     ("experts", "down"): "experts.down",
 }
-_NOT_STATIC = ("T", "B", "S", "seed")
+_NOT_STATIC = ("T", "B", "S", "seed", "limit", "eps")
 _PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43)
 
 
@@ -123,6 +123,8 @@ class Subject:
             role = ROLES.get((case.op, name), "")
             if role.partition(".")[0] in own:
                 given[name] = bound.backend.pack(role, value)
+                if not same_bits(value, before[name]):
+                    raise Failure(f"packing wrote to the weight {name}")
         step = self._compile(case, bound.backend, args, given)
         with torch.inference_mode():
             out = step(*given.values())
@@ -172,7 +174,9 @@ class Subject:
         """The model bound to this backend; kept by its name and dtype."""
         key = (name, dtype)
         if key not in self._models:
-            self._models[key] = bind(config, weights, self.backend, dtype=dtype)
+            # Copies: a backend that writes to its weights must not reach the oracle's.
+            own = {name: weight.clone() for name, weight in weights.items()}
+            self._models[key] = bind(config, own, self.backend, dtype=dtype)
         return self._models[key]
 
 

@@ -147,8 +147,8 @@ def _attend(
 
 
 def masked(subject: Subject, case: Case) -> Verdict:
-    """A key that a token must not see may have any score, be it 100,000 times the others'. With a
-    cache and without.
+    """A key that a token must not see may have any score, be it 100,000 times the others' (1,000
+    in float16). With a cache and without.
 
     Guards against: a mask that is a finite number added to the scores, which a large enough score
     outweighs: the token then sees the future, or padding.
@@ -158,8 +158,9 @@ def masked(subject: Subject, case: Case) -> Verdict:
     positions = args["positions"].clone()
     positions[-1] = (torch.arange(length) - 2).clamp_min(-1)
     keys = args["k"].clone()
-    keys[:, -1] *= 1e5  # the future of all but the last token
-    keys[-1, :2] *= 1e5  # padding
+    huge = 1e3 if case.dtype == torch.float16 else 1e5  # an infinite key is another matter
+    keys[:, -1] *= huge  # the future of all but the last token
+    keys[-1, :2] *= huge  # padding
     args["k"], args["positions"] = keys, positions
     plain, cached = subject.run(case, args)[0].cpu(), _attend(subject, case, args, [length])
     real = positions >= 0

@@ -12,8 +12,9 @@ from moge_hal.conformance.oracle import Permuted, run, widen
 from moge_hal.conformance.subject import Subject
 from moge_hal.conformance.verdict import Failure, Skip, Verdict
 
-# Tables and coordinates, of which nobody takes a gradient.
+# Tables and coordinates, of which nobody takes a gradient, and a bias for the selection alone.
 _FIXED = ("cos", "sin")
+_SELECTS = {"route": ("bias",)}
 
 
 def gradients(subject: Subject, case: Case) -> Verdict:
@@ -56,10 +57,11 @@ def _gradients(
     args = {
         n: v.to(device=device, copy=True) if isinstance(v, Tensor) else v for n, v in args.items()
     }
+    fixed = (*_FIXED, *_SELECTS.get(case.op, ()))
     wanted = {
         n: v.requires_grad_()
         for n, v in args.items()
-        if isinstance(v, Tensor) and v.is_floating_point() and n not in _FIXED
+        if isinstance(v, Tensor) and v.is_floating_point() and n not in fixed
     }
     outputs = [part for part in run(backend, case.op, args) if part.is_floating_point()]
     above = [
