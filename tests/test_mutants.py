@@ -1,117 +1,128 @@
 """The suite is itself under test: every wrong backend is rejected by the property of its fault."""
 
+import io
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
-import torch
-from mutants import attention, experts, layers, routing
+import rewrites.table
+from mutants import attention, caches, edges, experts, ffn, norms, routing, table, whole
+from mutants.rejecting import accept, control, rejection
+from mutants.table import (
+    ATTENTION,
+    CACHED,
+    EXPERTS,
+    FFN,
+    LIMITED,
+    MODEL,
+    MUTANTS,
+    RAGGED,
+    REJECTED,
+    ROUTE,
+)
+from rich.console import Console
 
 from moge_hal.backend import Backend
-from moge_hal.conformance import whole_model
 from moge_hal.conformance.cases import PROPERTIES, parse
 from moge_hal.conformance.judging import judge
+from moge_hal.conformance.listing import every_case
+from moge_hal.conformance.properties import whole_model
 from moge_hal.conformance.subject import Subject
 from moge_hal.conformance.verdict import Failure
 from moge_hal.errors import UserError
-
-ROUTE = "route/f32/T17-E15-G3-K6/scale1"
-EXPERTS = "experts/f32/T17-D40-F24-E15-G3-K6/scale1"
-ATTENTION = "attention/f32/B3-S7-H6-Hkv2-d8/scale1"
-CACHED = "attention/f32/B2-S17-H6-Hkv2-d8/scale1"
-MODEL = "model/f32/tiny-seed0/random"
-
-# A wrong backend, and the case whose property must reject it; the specification passes the same
-# case.
-REJECTED: list[tuple[type[Backend], str]] = [
-    (routing.GlobalTopK, f"{ROUTE}/route.valid"),
-    (routing.GlobalTopK, f"{MODEL}/one-pass"),
-    (routing.GroupsAndMembersSwapped, f"{ROUTE}/route.valid"),
-    (routing.OffsetsByK, f"{ROUTE}/route.valid"),
-    (routing.Renormalised, f"{ROUTE}/route.valid"),
-    (routing.Renormalised, f"{MODEL}/one-pass"),
-    (routing.SoftmaxInsideGroups, f"{ROUTE}/route.valid"),
-    (routing.ScaleBeforeSelection, f"{ROUTE}/route.valid"),
-    (routing.ScaleBeforeSelection, f"{MODEL}/one-pass"),
-    (routing.ScaleForgotten, f"{ROUTE}/route.valid"),
-    (routing.ScaleForgotten, f"{MODEL}/one-pass"),
-    (routing.ScaleSignLost, f"{ROUTE}/route.valid"),
-    (routing.ScaleSignLost, f"{MODEL}/one-pass"),
-    (routing.MaximumForgotten, "route/f32/T64-E24-G4-K4/scale30/route.valid"),
-    (routing.TiesToTheHighest, f"{ROUTE}/route.ties"),
-    (routing.BestOfTheBatch, f"{ROUTE}/rows"),
-    (routing.NaNOutOfRange, f"{ROUTE}/nan"),
-    (routing.LowPrecisionRouter, "router_logits/f32/T17-D40-E15/scale1/value"),
-    (routing.LowPrecisionRouter, f"{MODEL}/one-pass"),
-    (experts.CapacityDrops, "experts/f32/T64-D40-F24-E15-G3-K6-crowded/scale1/value"),
-    (experts.LastTokenFaint, f"{EXPERTS}/value"),
-    (experts.NegativeSkipped, f"{EXPERTS}/value"),
-    (experts.FirstIgnored, f"{EXPERTS}/expert-parallel"),
-    (experts.ClampedIds, f"{EXPERTS}/expert-parallel"),
-    (experts.DenseTimesZero, "experts/f32/T7-D40-F24-E64-G8-K8/scale1/unselected"),
-    (experts.OneHotGather, f"{EXPERTS}/nan"),
-    (experts.DetachedWeights, f"{EXPERTS}/gradients"),
-    (layers.EpsilonOutside, "rms_norm/f32/T17-D40/scale0.01/value"),
-    (layers.ResidualInPlace, "add_rms_norm/f32/T17-D40/scale1/value"),
-    (layers.OutputBiasForgotten, f"{MODEL}/one-pass"),
-    (layers.IgnoresStrides, "linear/f32/T17-I40-O56-strided/scale1/value"),
-    (layers.RotaryInterleaved, "rotary/f32/B3-S7-H6-Hkv2-d8/scale1/value"),
-    (layers.GateAndUpSwapped, "swiglu_ffn/f32/T17-D40-F24/scale1/value"),
-    (layers.LeavesSomethingBehind, "linear/f32/T17-I40-O56/scale1/repeat"),
-    (attention.HeadsTiled, f"{ATTENTION}/value"),
-    (attention.MaskOffByOne, f"{ATTENTION}/value"),
-    (attention.DecodeOffByOne, f"{CACHED}/decode"),
-    (attention.DecodeOffByOne, f"{MODEL}/decode"),
-    (attention.CausalTopLeft, "attention/f32/B2-S64-H6-Hkv2-d8/scale1/chunks"),
-    (attention.CausalTopLeft, f"{MODEL}/chunks"),
-    (attention.Window, f"{MODEL}/long"),
-    (attention.ContextEndsEarly, "model/f32/shipped/trained/long"),
-    (attention.UnwrittenSeen, f"{CACHED}/unwritten"),
-    (attention.UnwrittenSeen, f"{MODEL}/unwritten"),
-    (attention.PaddingInSlotZero, "attention/f32/B4-S17-H6-Hkv2-d8/scale1/ragged"),
-    (attention.PaddingInSlotZero, f"{MODEL}/ragged"),
-    (attention.PaddingIsNaN, "attention/f32/B4-S17-H6-Hkv2-d8/scale1/ragged"),
-    (attention.FiniteMask, f"{ATTENTION}/masked"),
-    (attention.BlockOfEight, f"{MODEL}/batch"),
-    (attention.OneBuffer, f"{MODEL}/two-caches"),
-    (layers.FirstInsteadOfLast, f"{MODEL}/last-only"),
-    (attention.StaleCache, f"{MODEL}/stale"),
-    (attention.CapacityOffByOne, f"{MODEL}/cache-full"),
-]
+from moge_hal.registry import check
 
 
-@pytest.mark.parametrize(("mutant", "case"), REJECTED, ids=lambda v: getattr(v, "name", v))
+@pytest.mark.parametrize(
+    ("mutant", "case"), REJECTED, ids=[f"{mutant.__name__}-{case}" for mutant, case in REJECTED]
+)
 def test_a_mutant_is_rejected(mutant: type[Backend], case: str) -> None:
-    judge(Subject(Backend()), parse(case))
-    with pytest.raises(Failure):
-        judge(Subject(mutant()), parse(case))
+    accept(control(mutant), case)
+    assert rejection(mutant, case)
 
 
-def test_every_property_rejects_something() -> None:
+def test_mutants_are_rejected_by_cases_of_the_list() -> None:
+    """Which is what users run."""
+    assert {case for _, case in REJECTED} <= {case.id for case in every_case()}
+
+
+def test_mutants_say_what_their_fault_is_and_keep_all_other_promises() -> None:
+    """So that each can be named on the command line, to see it fail."""
+    by_hand = [mutant for mutant in MUTANTS if mutant.__module__ != edges.__name__]
+    assert len(by_hand) >= 200
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+    for mutant in MUTANTS:
+        assert mutant.__doc__ and check(mutant()) is None
+
+
+def test_every_property_of_every_operation_rejects_something() -> None:
     """Else it may be one that nothing can fail. No backend can break `dtype`: see below."""
-    rejects = {parse(case).prop for _, case in REJECTED}
-    assert rejects == {name for names in PROPERTIES.values() for name in names.split()} - {"dtype"}
+    rejects = {(parse(case).op, parse(case).prop) for _, case in REJECTED}
+    judged = {(op, name) for op, names in PROPERTIES.items() for name in names.split()}
+    assert judged - rejects == {("model", "dtype")}
 
 
-def test_what_the_attention_mutants_are_made_of_is_right() -> None:
-    for case in (f"{ATTENTION}/value", f"{CACHED}/decode", f"{CACHED}/unwritten"):
-        judge(Subject(attention.Spelled()), parse(case))
-    # Faults that show in one property only: prefill is right, and so are the first prompt and the
-    # first 512 tokens.
-    judge(Subject(attention.DecodeOffByOne()), parse(f"{ATTENTION}/value"))
-    judge(Subject(attention.StaleCache()), parse(f"{MODEL}/decode"))
-    judge(Subject(attention.Window()), parse(f"{MODEL}/chunks"))
-    judge(Subject(attention.FiniteMask()), parse(f"{ATTENTION}/value"))
-    judge(Subject(attention.Spelled()), parse(f"{ATTENTION}/masked"))
-    judge(Subject(attention.OneBuffer()), parse(f"{MODEL}/decode"))
-    judge(Subject(attention.BlockOfEight()), parse(f"{MODEL}/ragged"))
-    judge(Subject(layers.FirstInsteadOfLast()), parse(f"{MODEL}/decode"))
+@pytest.mark.parametrize(
+    ("spelled", "case"),
+    [
+        (attention.Spelled, f"{ATTENTION}/value"),
+        (attention.Spelled, f"{ATTENTION}/masked"),
+        (attention.Spelled, f"{ATTENTION}/gradients"),
+        (attention.Spelled, f"{CACHED}/decode"),
+        (attention.Spelled, f"{CACHED}/unwritten"),
+        (attention.Spelled, f"{RAGGED}/ragged"),
+        (attention.Spelled, "attention/bf16/B1-S300-H2-Hkv1-d128/scale1/value"),
+        (routing.Spelled, f"{ROUTE}/route.valid"),
+        (routing.Spelled, f"{ROUTE}/route.ties"),
+        (routing.Spelled, f"{ROUTE}/route.close"),
+        (routing.Spelled, f"{ROUTE}/gradients"),
+        (routing.Spelled, f"{LIMITED}/route.valid"),
+        (routing.Spelled, "route/f32/T64-E20-G4-K8-limit2/scale30/route.valid"),
+        (experts.Spelled, f"{EXPERTS}/value"),
+        (experts.Spelled, f"{EXPERTS}/nan"),
+        (experts.Spelled, f"{EXPERTS}/gradients"),
+        (experts.Spelled, f"{EXPERTS}/expert-parallel"),
+        (experts.Spelled, "experts/bf16/T17-D40-F24-E15-G3-K6-cancel/scale1/value"),
+        (ffn.Spelled, f"{FFN}/value"),
+        (ffn.Spelled, "swiglu_ffn/f16/T17-D40-F24/scale30/value"),
+        (whole.Wrapped, f"{MODEL}/last-only"),
+        (whole.Altered, f"{MODEL}/one-pass"),
+    ],
+)
+def test_what_mutants_are_made_of_is_right(spelled: type[Backend], case: str) -> None:
+    accept(spelled, case)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "case"),
+    [
+        (attention.DecodeOffByOne, f"{ATTENTION}/value"),
+        (attention.Window, f"{MODEL}/chunks"),
+        (attention.FiniteMask, f"{ATTENTION}/value"),
+        (attention.BlockOfEight, f"{MODEL}/ragged"),
+        (caches.StaleCache, f"{MODEL}/decode"),
+        (caches.OneBuffer, f"{MODEL}/decode"),
+        (caches.RingOf64, f"{MODEL}/decode"),
+        (routing.ByBfloat16Logits, f"{ROUTE}/route.ties"),
+        (routing.TiesToTheHighest, f"{ROUTE}/route.valid"),
+        (experts.NarrowSum, f"{EXPERTS}/value"),
+        (experts.DetachedWeights, f"{EXPERTS}/value"),
+        (whole.FirstInsteadOfLast, f"{MODEL}/decode"),
+        (norms.EpsilonOutside, "rms_norm/f32/T17-D40/scale30/value"),
+    ],
+)
+def test_some_faults_show_in_one_property_only(mutant: type[Backend], case: str) -> None:
+    """Why there are so many of them."""
+    assert rejection(mutant, case) is None
 
 
 def test_an_epsilon_error_is_invisible_at_unit_scale() -> None:
     """Why every operation is judged at three scales."""
     with pytest.raises(Failure) as small:
-        judge(Subject(layers.EpsilonOutside()), parse("rms_norm/f32/T17-D40/scale0.01/value"))
+        judge(Subject(norms.EpsilonOutside()), parse("rms_norm/f32/T17-D40/scale0.01/value"))
     assert small.value.error is not None and small.value.limit is not None
     assert small.value.error > 200 * small.value.limit
-    judge(Subject(layers.EpsilonOutside()), parse("rms_norm/f32/T17-D40/scale30/value"))
 
 
 @pytest.mark.parametrize("answer", ["accept", "another reason"])
@@ -120,7 +131,7 @@ def test_an_unsupported_dtype_must_be_refused_by_name(
 ) -> None:
     class Narrow(Backend):
         name = "narrow"
-        dtypes = (torch.float32,)
+        dtypes = (parse(f"{MODEL}/dtype").dtype,)
 
     def bind(*args: object, **options: object) -> None:
         if answer != "accept":
@@ -131,3 +142,29 @@ def test_an_unsupported_dtype_must_be_refused_by_name(
     monkeypatch.setattr(whole_model, "bind", bind)
     with pytest.raises(Failure):
         judge(Subject(Narrow()), case)
+
+
+def test_the_score_counts_and_names_survivors_and_failures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`ci/score.py`, with a mutant that is none and a rewrite that is wrong."""
+    monkeypatch.setattr(sys, "path", [*sys.path])  # it puts tests/ there
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as it does itself
+    score = runpy.run_path(str(Path(__file__).parent.parent / "ci" / "score.py"))
+    monkeypatch.setattr(table, "MUTANTS", [norms.EpsilonOutside, norms.EpsilonForgotten])
+    wrong = score["judge_mutants"](0)
+    monkeypatch.setattr(norms.EpsilonForgotten, "rms_norm", Backend.rms_norm)
+    none = score["judge_mutants"](1)
+    case = parse("rms_norm/f32/T17-D40/scale0.01/value")
+    monkeypatch.setattr(rewrites.table, "REWRITES", (norms.EpsilonOutside,))
+    monkeypatch.setattr(
+        rewrites.table, "cases", lambda offsets: iter([(case, [norms.EpsilonOutside])])
+    )
+    right = score["judge_rewrites"](0)
+    console = Console(record=True, width=200, file=io.StringIO())
+    assert not score["report"]([*wrong, *none], right, console)
+    said = console.export_text()
+    assert "mutants rejected 2 of 3 (67%)" in said and "1 failures in 1 cases" in said
+    assert f"EpsilonForgotten survives {case.id}" in said
+    assert f"EpsilonOutside fails {case.id}: the output is wrong in its worst row (" in said
+    assert score["report"](wrong, [], Console(file=io.StringIO()))

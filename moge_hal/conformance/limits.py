@@ -26,9 +26,9 @@ A sigmoid needs no such term, since nothing is subtracted from its argument.
 Why this rule. A limit for each row of 2 p and 4 units in the last place, tried first, failed a
 sequential float32 sum of 5,120 terms at 3.4 times the limit, since a blocked sum is far better than
 anyone may ask for; and it passed a bfloat16 output that was wrong by 2-3 %, since a unit in the
-last place is 2^-7 there. Under this rule right rewrites reach 0.2-0.88 of the limit and wrong ones
-1.5 and more. What follows: faults of logic are caught in float32, and low precision judges
-precision.
+last place is 2^-7 there. Under this rule right rewrites reach 0.75 of the limit (`ci/score.py` says
+which) and wrong ones 1.5 and more. What follows: faults of logic are caught in float32, and low
+precision judges precision.
 
 A mean says what no worst row can: whether errors lean to one side. Truncation instead of rounding
 shrinks every element by half a unit in its last place, and a thousand layers by a thousand halves,

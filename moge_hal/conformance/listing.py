@@ -161,7 +161,9 @@ for _op, _shapes in SHAPES.items():
     OTHER_SHAPES[_op, "bitwise"] = [_shapes[0], _shapes[5]]
 
 OTHER_SHAPES["route", "gradients"] += ["T64-E20-G4-K8-limit2"]
-OTHER_SHAPES["experts", "gradients"] += ["T1-D24-F40-E12-G2-K4"]  # most experts are idle
+# Most experts are idle. In float32 only: the gradient of one token's weights is too few numbers for
+# a limit in low precision.
+_IDLE = "T1-D24-F40-E12-G2-K4"
 
 MODELS = (
     "model/f32/tiny-seed0/random",
@@ -191,6 +193,8 @@ def _operations() -> Iterator[Case]:
             for prop in others:
                 for shape in OTHER_SHAPES.get((op, prop), shapes[:1]):
                     yield Case(op, dtype, shape, "scale1", prop)
+                if (op, prop, dtype) == ("experts", "gradients", "f32"):
+                    yield Case(op, dtype, _IDLE, "scale1", prop)
 
 
 def _models() -> Iterator[Case]:

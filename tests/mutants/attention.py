@@ -1,4 +1,4 @@
-"""Attention and its cache, each with a fault."""
+"""Attention that sees the wrong keys or mixes them wrongly. Its cache: caches.py."""
 
 import math
 from typing import Any
@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moge_hal import ops
 from moge_hal.backend import Backend
-from moge_hal.cache import Cache
-from moge_hal.config import Config
 
 
 class Spelled(Backend):
@@ -32,12 +31,16 @@ class Spelled(Backend):
         """[B, N, Hkv, d] -> [B, N, H, d]."""
         return x.repeat_interleave(times, 2)
 
+    def score(self, q: Tensor, k: Tensor) -> Tensor:
+        """[B, H, S, N]."""
+        return torch.einsum("bshd,bnhd->bhsn", q / math.sqrt(q.shape[-1]), k)
+
     def hide(self, scores: Tensor, visible: Tensor) -> Tensor:
         """[B, H, S, N]."""
         return scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
 
-    def scale(self, q: Tensor) -> float:
-        return 1 / math.sqrt(q.shape[-1])
+    def softmax(self, scores: Tensor) -> Tensor:
+        return ops.up(scores).softmax(-1)
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, cache: Any, positions: Tensor
@@ -53,8 +56,7 @@ class Spelled(Backend):
         v = self.clean(v, visible)
         times = q.shape[2] // k.shape[2]
         k, v = self.spread(k, times), self.spread(v, times)
-        scores = torch.einsum("bshd,bnhd->bhsn", q, k) * self.scale(q)
-        weights = self.hide(scores, visible).softmax(-1)
+        weights = self.softmax(self.hide(self.score(q, k), visible)).to(v.dtype)
         return torch.einsum("bhsn,bnhd->bshd", weights, v), cache
 
 
@@ -67,6 +69,24 @@ class HeadsTiled(Spelled):
         return x.repeat(1, 1, times, 1)
 
 
+class OneHeadForAll(Spelled):
+    """All query heads read the first key-value head."""
+
+    name = "one-head-for-all"
+
+    def spread(self, x: Tensor, times: int) -> Tensor:
+        return x[:, :, :1].expand(-1, -1, times * x.shape[2], -1)
+
+
+class NotCausal(Spelled):
+    """Every token sees all of its row."""
+
+    name = "not-causal"
+
+    def visible(self, held: Tensor, positions: Tensor, cached: bool) -> Tensor:
+        return super().visible(held, positions.amax(1, keepdim=True).expand_as(positions), cached)
+
+
 class MaskOffByOne(Spelled):
     """A token does not see itself."""
 
@@ -74,6 +94,25 @@ class MaskOffByOne(Spelled):
 
     def visible(self, held: Tensor, positions: Tensor, cached: bool) -> Tensor:
         return (held >= 0) & ((held < positions) | (positions == 0) & (held == 0))
+
+
+class SeesTheNext(Spelled):
+    """A token sees the one behind it."""
+
+    name = "sees-the-next"
+
+    def visible(self, held: Tensor, positions: Tensor, cached: bool) -> Tensor:
+        return (held >= 0) & (held <= positions + 1) & (positions >= 0)
+
+
+class FirstTokenLost(Spelled):
+    """Nobody but the first token sees the first token."""
+
+    name = "first-token-lost"
+
+    def visible(self, held: Tensor, positions: Tensor, cached: bool) -> Tensor:
+        seen = super().visible(held, positions, cached)
+        return seen & ((held > 0) | (positions == 0))
 
 
 class DecodeOffByOne(Spelled):
@@ -106,14 +145,35 @@ class Window(Spelled):
         return super().visible(held, positions, cached) & (held > positions - 512)
 
 
-class ContextEndsEarly(Spelled):
-    """Of a cache, the first 1,000 slots are seen: right for 97 % of the shipped model's context."""
+class PositionsOfRowZero(Spelled):
+    """All rows of a batch are masked like the first."""
 
-    name = "context-ends-early"
+    name = "positions-of-row-zero"
 
     def visible(self, held: Tensor, positions: Tensor, cached: bool) -> Tensor:
-        seen = super().visible(held, positions, cached)
-        return seen & (held < 1000) if cached else seen
+        first = super().visible(held[:1], positions[:1], cached)
+        return first.expand(len(positions), -1, -1)
+
+
+class PositionsCounted(Spelled):
+    """Without a cache, positions are counted from the column, so that padding is seen."""
+
+    name = "positions-counted"
+
+    def visible(self, held: Tensor, positions: Tensor, cached: bool) -> Tensor:
+        if cached:
+            return super().visible(held, positions, cached)
+        column = torch.arange(held.shape[2])
+        return (column <= column[:, None]).expand(len(held), -1, -1)
+
+
+class PaddingSeen(Spelled):
+    """Without a cache, padding has position -1, which is before every token."""
+
+    name = "padding-seen"
+
+    def visible(self, held: Tensor, positions: Tensor, cached: bool) -> Tensor:
+        return held <= positions
 
 
 class UnwrittenSeen(Spelled):
@@ -125,15 +185,6 @@ class UnwrittenSeen(Spelled):
         return v
 
 
-class PaddingInSlotZero(Spelled):
-    """Padding is written, over the first token."""
-
-    name = "padding-in-slot-zero"
-
-    def slots(self, positions: Tensor, spare: int) -> Tensor:
-        return positions.clamp(min=0)
-
-
 class PaddingIsNaN(Spelled):
     """A softmax over nothing but minus infinity."""
 
@@ -143,42 +194,6 @@ class PaddingIsNaN(Spelled):
         return scores.masked_fill(~visible[:, None], -math.inf)
 
 
-class StaleCache(Spelled):
-    """Buffers are used again for the next prompt, and so is the mark of how far they are full."""
-
-    name = "stale-cache"
-
-    def __init__(self, index: int | None = None) -> None:
-        super().__init__(index)
-        self.buffers: dict[Any, Cache] = {}
-        self.full = [0]
-
-    def new_cache(self, config: Config, batch: int, capacity: int, dtype: torch.dtype) -> Cache:
-        key = (batch, capacity)
-        if key not in self.buffers:
-            self.buffers[key] = super().new_cache(config, batch, capacity, dtype)
-        return self.buffers[key]
-
-    def visible(self, held: Tensor, positions: Tensor, cached: bool) -> Tensor:
-        if not cached:
-            return super().visible(held, positions, cached)
-        old = held < self.full[0]
-        if positions.shape[1] == 1:
-            self.full[0] = max(self.full[0], int(positions.max()) + 1)
-        return super().visible(held, positions, cached) | old
-
-
-class CapacityOffByOne(Backend):
-    """Promises one slot more than it has."""
-
-    name = "capacity-off-by-one"
-
-    def new_cache(self, config: Config, batch: int, capacity: int, dtype: torch.dtype) -> Cache:
-        cache: Cache = super().new_cache(config, batch, capacity - 1, dtype)
-        cache.capacity = capacity
-        return cache
-
-
 class FiniteMask(Spelled):
     """What must not be seen is pushed down by a number that a large score outweighs."""
 
@@ -186,6 +201,109 @@ class FiniteMask(Spelled):
 
     def hide(self, scores: Tensor, visible: Tensor) -> Tensor:
         return scores - 1e4 * ~visible[:, None]
+
+
+class MaskIsZero(Spelled):
+    """What must not be seen has a score of 0 instead of none."""
+
+    name = "mask-is-zero"
+
+    def hide(self, scores: Tensor, visible: Tensor) -> Tensor:
+        return scores * visible[:, None]
+
+
+class ScaleForgotten(Spelled):
+    """Scores that nobody divides by sqrt(d)."""
+
+    name = "attention-scale-forgotten"
+
+    def score(self, q: Tensor, k: Tensor) -> Tensor:
+        return super().score(q, k) * math.sqrt(q.shape[-1])
+
+
+class ScaleByAll(Spelled):
+    """Scores divided by d instead of sqrt(d)."""
+
+    name = "scale-by-all"
+
+    def score(self, q: Tensor, k: Tensor) -> Tensor:
+        return super().score(q, k) / math.sqrt(q.shape[-1])
+
+
+class ScoresOverflow(Spelled):
+    """Divides after the product, which float16 cannot always hold."""
+
+    name = "scores-overflow"
+
+    def score(self, q: Tensor, k: Tensor) -> Tensor:
+        return torch.einsum("bshd,bnhd->bhsn", q, k) / math.sqrt(q.shape[-1])
+
+
+class SoftCap(Spelled):
+    """Scores that end at 30, as another model has them."""
+
+    name = "soft-cap"
+
+    def score(self, q: Tensor, k: Tensor) -> Tensor:
+        return 30 * torch.tanh(super().score(q, k) / 30)
+
+
+class ScoresInTf32(Spelled):
+    """Scores from products with 10 bits."""
+
+    name = "scores-in-tf32"
+
+    def score(self, q: Tensor, k: Tensor) -> Tensor:
+        return super().score(q.half().to(q.dtype), k.half().to(k.dtype))
+
+
+class SoftmaxInBfloat16(Spelled):
+    """The softmax in bfloat16, its result in the dtype of the model."""
+
+    name = "attention-softmax-in-bfloat16"
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        return scores.bfloat16().softmax(-1)
+
+
+class DenominatorInBfloat16(Spelled):
+    """The softmax's sum is kept in bfloat16, one key after the other, and stops at 256."""
+
+    name = "denominator-in-bfloat16"
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        powers = (ops.up(scores) - ops.up(scores).amax(-1, keepdim=True)).exp()
+        total = torch.zeros_like(powers[..., 0], dtype=torch.bfloat16)
+        for power in powers.unbind(-1):
+            total = total + power.bfloat16()
+        return powers / total[..., None].float()
+
+
+class MaximumOfTheFirstBlock(Spelled):
+    """A softmax in blocks of 4 keys that does not rescale when a later block has a higher score."""
+
+    name = "maximum-of-the-first-block"
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        wide = ops.up(scores).clamp(min=-1e30)
+        blocks = range(0, wide.shape[-1], 4)
+        highest = wide.cummax(-1).values
+        parts = [
+            (wide[..., i : i + 4] - highest[..., min(i + 3, wide.shape[-1] - 1)][..., None]).exp()
+            for i in blocks
+        ]
+        powers = torch.cat(parts, -1) if parts else wide
+        return powers / powers.sum(-1, keepdim=True)
+
+
+class ExtraKey(Spelled):
+    """One more in the denominator: a key of zeros that everybody sees."""
+
+    name = "extra-key"
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        sink = torch.zeros_like(scores[..., :1])
+        return ops.up(torch.cat([scores, sink], -1)).softmax(-1)[..., :-1]
 
 
 class BlockOfEight(Backend):
@@ -202,17 +320,53 @@ class BlockOfEight(Backend):
         return mixed, cache
 
 
-class OneBuffer(Backend):
-    """One buffer for all caches of a size."""
+class QueryDividedInPlace(Backend):
+    """Divides the queries where they lie."""
 
-    name = "one-buffer"
+    name = "query-divided-in-place"
 
-    def __init__(self, index: int | None = None) -> None:
-        super().__init__(index)
-        self.buffers: dict[Any, Cache] = {}
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: Any, positions: Tensor
+    ) -> tuple[Tensor, Any]:
+        q /= math.sqrt(q.shape[-1])
+        return super().attention(q * math.sqrt(q.shape[-1]), k, v, cache, positions)
 
-    def new_cache(self, config: Config, batch: int, capacity: int, dtype: torch.dtype) -> Cache:
-        key = (config, batch, capacity, dtype)
-        if key not in self.buffers:
-            self.buffers[key] = super().new_cache(config, batch, capacity, dtype)
-        return self.buffers[key]
+
+class NoGradientOfTheDenominator(Spelled):
+    """The softmax is a constant for the backward: queries and keys learn nothing of its sum."""
+
+    name = "no-gradient-of-the-denominator"
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        powers = (ops.up(scores) - ops.up(scores).amax(-1, keepdim=True).detach()).exp()
+        return powers / powers.sum(-1, keepdim=True).detach()
+
+
+class GradientOfOneHead(Spelled):
+    """Of the query heads that share a key-value head, one gives its gradient to it."""
+
+    name = "gradient-of-one-head"
+
+    def spread(self, x: Tensor, times: int) -> Tensor:
+        copies = [x, *[x.detach()] * (times - 1)]
+        return torch.stack(copies, 3).flatten(2, 3)
+
+
+class HeadSizeRounded(Spelled):
+    """Heads are read in a power of two of numbers; a wider one loses its end."""
+
+    name = "head-size-rounded"
+
+    def score(self, q: Tensor, k: Tensor) -> Tensor:
+        read = torch.arange(q.shape[-1]) < 1 << (q.shape[-1].bit_length() - 1)
+        return super().score(q * read, k)
+
+
+class FourToAKey(Spelled):
+    """At most four query heads share a key-value head; a fifth reads the next one's."""
+
+    name = "four-to-a-key"
+
+    def spread(self, x: Tensor, times: int) -> Tensor:
+        heads = torch.arange(times * x.shape[2]) // min(times, 4)
+        return x[:, :, heads.clamp(max=x.shape[2] - 1)]

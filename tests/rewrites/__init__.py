@@ -1,1 +1,4 @@
-"""Backends that are right in another way. No limit may reject one of them, whatever the seed."""
+"""Backends that are right in another way. No limit may reject one of them, whatever the seed.
+
+`table.py` says which cases show how each of them differs.
+"""

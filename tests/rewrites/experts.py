@@ -1,6 +1,5 @@
-"""Other ways to compute the experts, and to choose them."""
+"""Other ways to compute the experts."""
 
-import math
 from typing import Any
 
 import torch
@@ -9,7 +8,6 @@ from torch import Tensor
 
 from moge_hal import ops
 from moge_hal.backend import Backend
-from moge_hal.router import RouteSpec
 
 
 class GatherBmm(Backend):
@@ -20,11 +18,16 @@ class GatherBmm(Backend):
     def experts(
         self, x: Tensor, gate_up: Any, down: Any, ids: Tensor, weights: Tensor, first: int = 0
     ) -> Tensor:
-        chosen = ids.flatten().long() - first
-        rows = x.repeat_interleave(ids.shape[1], 0).unsqueeze(-1)
-        gate, up = torch.bmm(gate_up[chosen], rows).chunk(2, 1)
-        parts = torch.bmm(down[chosen], F.silu(gate) * up).view(*ids.shape, -1)
-        return (ops.up(parts) * weights[..., None]).sum(1).to(x.dtype)
+        local = ids.flatten().long() - first
+        inside = (local >= 0) & (local < len(gate_up))
+        chosen = local[inside]
+        token = torch.arange(len(x)).repeat_interleave(ids.shape[1])[inside]
+        # Copies are made of float32, so that their gradients are added up in float32.
+        gate_up, down = (ops.up(w)[chosen].to(w.dtype) for w in (gate_up, down))
+        gate, up = torch.bmm(gate_up, x[token].unsqueeze(-1)).chunk(2, 1)
+        parts = torch.bmm(down, F.silu(gate) * up).squeeze(-1)
+        weighed = ops.up(parts) * weights.flatten()[inside, None]
+        return torch.zeros_like(ops.up(x)).index_add(0, token, weighed).to(x.dtype)
 
 
 class WeightsEarly(Backend):
@@ -55,52 +58,71 @@ class Float32Experts(Backend):
         wide = (ops.up(x), ops.up(gate_up), ops.up(down))
         return ops.experts(*wide, ids, weights, first).to(x.dtype)
 
-    def swiglu_ffn(self, x: Tensor, gate_up: Any, down: Any) -> Tensor:
-        return ops.swiglu_ffn(ops.up(x), ops.up(gate_up), ops.up(down)).to(x.dtype)
+
+class LastExpertFirst(Backend):
+    """Experts are added up from the last to the first."""
+
+    name = "last-expert-first"
+
+    def experts(
+        self, x: Tensor, gate_up: Any, down: Any, ids: Tensor, weights: Tensor, first: int = 0
+    ) -> Tensor:
+        last = first + len(gate_up) - 1
+        return ops.experts(x, gate_up.flip(0), down.flip(0), last - ids, weights)
 
 
-class ArgmaxPasses(Backend):
-    """k/G passes of argmax and masking on the logits; weights by way of their logarithms."""
+class SortedRows(Backend):
+    """Rows sorted by expert, one product an expert, put back, and a token's K rows summed."""
 
-    name = "argmax-passes"
+    name = "sorted-rows"
 
-    def route(
-        self, logits: Tensor, spec: RouteSpec, scale: Any = None, bias: Any = None
-    ) -> tuple[Tensor, Tensor]:
-        left, found = logits.unflatten(1, (spec.groups, -1)), []
-        for _ in range(spec.k // spec.groups):
-            found.append(left.argmax(-1, keepdim=True))
-            left = left.scatter(-1, found[-1], float("-inf"))
-        start = torch.arange(spec.groups)[:, None] * left.shape[-1]
-        ids = (torch.cat(found, -1) + start).flatten(1)
-        weights = logits.log_softmax(-1).exp().gather(1, ids)
-        return ids.int(), weights if scale is None else weights * scale[ids]
-
-
-class LogSumExp(Backend):
-    """exp(x - log(sum(exp(x)))): its exponent rounds at the size of the logits."""
-
-    name = "log-sum-exp"
-
-    def route(
-        self, logits: Tensor, spec: RouteSpec, scale: Any = None, bias: Any = None
-    ) -> tuple[Tensor, Tensor]:
-        ids, _ = ops.route(logits, spec)
-        chosen = ids.long()
-        weights = (logits.gather(1, chosen) - logits.logsumexp(-1, keepdim=True)).exp()
-        return ids, weights if scale is None else weights * scale[chosen]
+    def experts(
+        self, x: Tensor, gate_up: Any, down: Any, ids: Tensor, weights: Tensor, first: int = 0
+    ) -> Tensor:
+        count, k = len(gate_up), ids.shape[1]
+        local = ids.flatten().long() - first
+        local = torch.where((local < 0) | (local >= count), count, local)
+        order = local.argsort(stable=True)
+        sizes = torch.bincount(local, minlength=count + 1).tolist()
+        rows = x.repeat_interleave(k, 0)[order].split(sizes)
+        parts = [ops.swiglu_ffn(rows[e], gate_up[e], down[e]) for e in range(count)]
+        done = torch.cat([*parts, torch.zeros_like(rows[count])])[order.argsort()]
+        weighed = ops.up(done).view(len(x), k, x.shape[1]) * weights[..., None]
+        return weighed.sum(1).to(x.dtype)
 
 
-class PowersOfTwo(Backend):
-    """A softmax in powers of two, as chips without another exponential compute it."""
+class ScatterInto(Backend):
+    """Results are put into place with index_put and accumulation, transposed matrices before."""
 
-    name = "powers-of-two"
+    name = "scatter-into"
 
-    def route(
-        self, logits: Tensor, spec: RouteSpec, scale: Any = None, bias: Any = None
-    ) -> tuple[Tensor, Tensor]:
-        ids, _ = ops.route(logits, spec)
-        chosen, powers = ids.long(), logits * math.log2(math.e)
-        powers = (powers - powers.amax(-1, keepdim=True)).exp2()
-        weights = powers.gather(1, chosen) / powers.sum(-1, keepdim=True)
-        return ids, weights if scale is None else weights * scale[chosen]
+    def experts(
+        self, x: Tensor, gate_up: Any, down: Any, ids: Tensor, weights: Tensor, first: int = 0
+    ) -> Tensor:
+        out = torch.zeros_like(ops.up(x))
+        for e in range(len(gate_up)):
+            token, slot = torch.nonzero(ids == first + e, as_tuple=True)
+            gate, up = (x[token] @ gate_up[e].T.contiguous()).chunk(2, -1)
+            rows = (F.silu(gate) * up) @ down[e].T.contiguous()
+            weighed = ops.up(rows) * weights[token, slot, None]
+            out = out.index_put((token,), weighed, accumulate=True)
+        return out.to(x.dtype)
+
+
+class DenseWhere(Backend):
+    """Every expert for every token; what was not chosen is left out by a condition."""
+
+    name = "dense-where"
+
+    def experts(
+        self, x: Tensor, gate_up: Any, down: Any, ids: Tensor, weights: Tensor, first: int = 0
+    ) -> Tensor:
+        out = torch.zeros_like(ops.up(x))
+        for e in range(len(gate_up)):
+            chosen = ids == first + e
+            weight = torch.where(chosen, weights, 0.0).sum(1, keepdim=True)
+            used = chosen.any(1, keepdim=True)
+            # The input too: the gradient of 0 * NaN is NaN.
+            rows = ops.up(ops.swiglu_ffn(torch.where(used, x, 0.0), gate_up[e], down[e]))
+            out = out + torch.where(used, rows * weight, 0.0)
+        return out.to(x.dtype)

@@ -68,5 +68,7 @@ def _gradients(
         normal(f"{case.key}/gradient {i}", *part.shape).to(part.dtype).to(part.device)
         for i, part in enumerate(outputs)
     ]
+    if not any(part.requires_grad for part in outputs):
+        raise Failure("no gradient reaches any input")
     found = torch.autograd.grad(outputs, list(wanted.values()), above, allow_unused=True)
     return dict(zip(wanted, found, strict=True))
