@@ -112,7 +112,9 @@ def _choose(backend: Backend, facts: Facts, overrides: Mapping[str, str], strict
     # The contract forbids both faults, so the backend's author is to blame.
     try:
         reason: object = backend.why_not(facts)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         fault = f"raised {type(error).__name__} in why_not({facts.op}): {error}"
         raise UserError(f"backend {_path(type(backend))} {fault}") from error
     if reason is None:

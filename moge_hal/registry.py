@@ -27,6 +27,9 @@ PROFILES = ("core", "train", "capture", "bitwise")  # what a backend may claim
 LEVELS = ("real", "simulated", "emulated")  # what its device may be
 
 
+TABLE_FOLLOWS = "The backends here:"  # the line between the reasons and the table of an error
+
+
 class BackendError(UserError):
     """A backend that was asked for cannot run; the message holds the table of all of them."""
 
@@ -120,7 +123,7 @@ def get_backend(name: str | None = None) -> Backend:
         if probe.ok:
             return backend
         refusals.append(f"backend {choice!r} cannot run: {_refusal(probe)}")
-    raise BackendError("\n".join([*refusals, "The backends here:", table()]))
+    raise BackendError("\n".join([*refusals, TABLE_FOLLOWS, table()]))
 
 
 def find(name: str | None = None) -> Backend:
@@ -198,7 +201,9 @@ def _probe(backend: Backend) -> Probe:
     # The contract forbids all of these faults, so they are the backend's and are reported as such.
     try:
         probe = backend.probe()
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         fault = f"its probe raised {_one_line(error)}."
     else:
         if not isinstance(probe, Probe):
@@ -274,7 +279,9 @@ def _load(points: list[EntryPoint], index: int | None = None) -> Backend:
     try:
         backend = kind(index)
         fault = check(backend)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise BackendError(f"{who} cannot be created ({_one_line(error)}).") from error
     if fault is None and point.dist:
         fault = name_fault(point.name)
@@ -289,7 +296,9 @@ def _import(point: EntryPoint) -> type[Backend]:
     who = _who(point, point.value)
     try:
         found = point.load()
-    except (Exception, SystemExit) as error:  # anything may be raised; the others must still run
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # anything may be raised; the others must still run
         sentence = f"{who} cannot be imported ({_one_line(error)})."
         if not point.dist and _names_nothing(point.value, error):
             raise UnknownBackendError(sentence) from error

@@ -1,4 +1,7 @@
-"""Reports of whole runs as tests need them: made by hand in a moment, of cases that really pass."""
+"""Reports of whole runs as tests need them: made by hand in a moment, of cases that really pass.
+
+Their numbers are made up; `true` puts those in that a draw will look at.
+"""
 
 from collections import Counter
 from dataclasses import replace
@@ -8,7 +11,9 @@ from moge_hal.backend import Backend
 from moge_hal.conformance.cases import Case
 from moge_hal.conformance.digest import digest
 from moge_hal.conformance.reports.report import Report, Reported
+from moge_hal.conformance.reports.verify import draw_of
 from moge_hal.conformance.result import WORDS, Judged, Outcome, Result, Selection
+from moge_hal.conformance.runner import run
 from moge_hal.conformance.selection import select
 
 NULL = "moge_hal.backends.null:NullBackend"
@@ -50,6 +55,17 @@ def whole(*backends: Judged, selection: Selection | None = None, **more: Any) ->
     names = tuple(b.name for b in backends)
     result = Result(names, tuple(outcomes), backends, selection=selection, **more)
     return Report.of(result, 1.7e9, 12.5)
+
+
+def true(report: Report, draw: int, seed: int = 1) -> Report:
+    """The report with what its (only) backend and the cases of this draw really come to here."""
+    (backend,) = report.backends
+    ids = draw_of(report, backend, draw, seed)
+    result = run(backend.name, ids, simulate=backend.level == "simulated", echo=False)
+    found = {outcome.id: outcome for outcome in result.outcomes}
+    (here,) = result.judged
+    described = replace(report, backends=[Reported(**vars(here), counts=backend.counts)])
+    return with_outcomes(described, [found.get(o.id, o) for o in report.outcomes])
 
 
 def with_outcomes(report: Report, outcomes: list[Outcome]) -> Report:

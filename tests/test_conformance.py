@@ -63,10 +63,10 @@ def test_every_operation_is_in_the_list_with_all_its_properties() -> None:
 def test_the_list_has_what_hides_faults_elsewhere() -> None:
     for op in NAMES:
         cases = [case for case in every_case() if case.op == op]
-        assert {case.scale for case in cases} == {0.01, 1.0, 30.0}
-        assert {"strided", "offset"} <= set().union(*(c.words for c in cases))
+        assert {case.scale for case in cases} >= {0.01, 1.0, 30.0}
+        assert {"strided", "sliced", "offset"} <= set().union(*(c.words for c in cases))
         counts = {case.sizes.get("T", case.sizes.get("S")) for case in cases}
-        assert {0, 1, 7, 17, 64, 531} <= counts
+        assert {0, 1, 7, 17, 64, 512, 531} <= counts
     assert {case.sizes["I"] for case in every_case() if case.op == "linear"} >= {5120}
     groups = [c.sizes for c in every_case() if c.op in ("route", "experts")]
     assert any(s["G"] != s["E"] // s["G"] and s["K"] > s["G"] for s in groups)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import refused
+from commands import run as command
 from torch import Tensor
 
 from moge_hal.backend import Backend
@@ -101,10 +103,11 @@ def test_processes_share_the_work_and_tell_the_same(tmp_path: Path) -> None:
     assert told[0] == told[1]
     document = json.loads((tmp_path / "report.json").read_text())
     assert len(document["outcomes"]) == len(told[0])
-    suite = ElementTree.parse(tmp_path / "junit.xml").getroot()[0]
+    suites = ElementTree.parse(tmp_path / "junit.xml").getroot()
     failed = sum(outcome["outcome"] == "failed" for outcome in told[0])
-    assert int(suite.attrib["failures"]) == failed > 0
-    assert int(suite.attrib["tests"]) == len(told[0])
+    assert [int(suite.attrib["failures"]) for suite in suites] == [failed, 0] and failed
+    assert sum(int(suite.attrib["tests"]) for suite in suites) == len(told[0])
+    assert len(suites.findall("*/testcase/failure")) == failed
 
 
 # The inputs of cases of every kind, from a process of its own.
@@ -189,3 +192,62 @@ def test_threads_are_given_back() -> None:
     before = torch.get_num_threads()
     run([NULL], SOME[:1], echo=False)
     assert torch.get_num_threads() == before
+
+
+class Dies(Backend):
+    """Takes its process with it."""
+
+    name = "dies"
+
+    def linear(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        if len(x) == 7:
+            os._exit(7)
+        return super().linear(x, w, b)
+
+
+def test_a_backend_that_kills_its_process_is_named(tmp_path: Path) -> None:
+    args = ["--backend", f"{__name__}:Dies", "--filter", "linear/f32/*/scale1/value", "-j", "2"]
+    done = python(
+        *["-m", "moge_hal", "conformance", *args, "--report", str(tmp_path / "report")],
+        PYTHONPATH=os.fspath(HERE),
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+    assert f"linear/f32/T7-I48-O40/scale1/value killed its process on {__name__}:Dies" in (
+        done.stdout
+    )
+    assert not (tmp_path / "report" / "report.json").exists()
+
+
+def test_a_part_of_a_run_leaves_no_report(tmp_path: Path) -> None:
+    """Neither does it replace one that is there."""
+    (tmp_path / "report.json").write_text("mine")
+    suite = ["-m", "pytest", "-q", "--pyargs", "moge_hal.conformance", "-p", "no:cacheprovider"]
+    some = ["--moge-backend", NULL, "--moge-filter", "rms_norm/f32/*", "-k", "T17-D40-strided"]
+    done = python(*suite, *some, "--moge-report", str(tmp_path))
+    assert done.returncode == 1 and "no report was written" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert (tmp_path / "report.json").read_text() == "mine"
+
+
+def test_what_a_backend_prints_is_no_json() -> None:
+    args = ["--backend", f"{__name__}:Loud", "--filter", SOME[1], "--json"]
+    done = python("-m", "moge_hal", "conformance", *args, PYTHONPATH=os.fspath(HERE))
+    assert done.returncode == 0 and len(json.loads(done.stdout)) == 4
+
+
+class Loud(Backend):
+    """Prints when it is made."""
+
+    name = "loud"
+
+    def __init__(self, index: int | None = None) -> None:
+        super().__init__(index)
+        print("hello")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--list", "--report", "x"], ["--list", "--json"], ["--golden", "x.npz", "--quick"]],
+)
+def test_options_that_mean_nothing_together_are_refused(words: list[str]) -> None:
+    refused(command("conformance", *words), "and with nothing else")

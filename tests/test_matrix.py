@@ -1,6 +1,7 @@
 """The table of what runs where, from reports: what it says, and what it refuses to say."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,6 +112,21 @@ def test_a_failure_is_told_and_a_deviation_is_no_pass(report: Report) -> None:
     assert embed.endswith(", f16: none passed¹")
 
 
+def test_no_text_is_markup_or_a_link(report: Report) -> None:
+    evil = "<b>|`*_[x](y) https://example.org www.example.org a@example.org #1 &lt; $x$ ~~y~~"
+    skipping = changed(report, VALUE, outcome="deviates", error=1.0, reason=evil)
+    (note,) = [line for line in matrix([put("a.json", skipping)]).splitlines() if "<b" in line]
+    escaped = note.partition("known deviation: ")[2].removesuffix("<br>")
+    assert re.sub(r"\\(\W|_)", r"\1", escaped) == evil
+    assert not re.search(r"(?<!\\)[<>|`*_\[\]&~$@#]|://|www\.", escaped)
+
+
+def test_a_name_with_control_characters_is_no_column(report: Report) -> None:
+    named = with_outcomes(report, [replace(o, backend="cpu\n| x |") for o in report.outcomes])
+    with pytest.raises(UserError, match="must be one line of plain text"):
+        matrix([put("a.json", named)])
+
+
 def test_the_same_on_every_machine(report: Report) -> None:
     other = replace(
         report,
@@ -137,8 +153,8 @@ def test_what_does_not_belong_in_one_table_is_one_sentence(report: Report) -> No
         return str(error.value)
 
     assert "no report was named" in refused()
-    put("b.json", whole(replace(CPU, name="the same")))
-    twice = "the same (real) is in a.json and in b.json: give one report of it"
+    put("b.json", whole(replace(CPU, name="the_same")))
+    twice = "the_same (real) is in a.json and in b.json: give one report of it"
     assert refused("a.json", "b.json") == twice
     put("c.json", replace(report, suite=replace(report.suite, hash="0" * 16)))
     assert "c.json cannot be in the table: it was made by suite 00" in refused("c.json")

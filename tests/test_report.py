@@ -4,7 +4,9 @@ import json
 import re
 import subprocess
 import sys
+from base64 import b64encode
 from dataclasses import replace
+from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ from reports import changed, judged, whole, with_outcomes
 
 from moge_hal.conformance import run
 from moge_hal.conformance.reports import page, provenance
+from moge_hal.conformance.reports import report as report_module
 from moge_hal.conformance.reports.report import Report, document, read
-from moge_hal.conformance.result import Outcome, Selection
+from moge_hal.conformance.result import Outcome, Result, Selection, Word
 from moge_hal.errors import UserError
 
 VALUE = "linear/f32/T17-I40-O56/scale1/value"
@@ -31,6 +34,16 @@ def report() -> Report:
 def put(path: Path, data: Any) -> Path:
     path.write_text(data if isinstance(data, str) else json.dumps(data), "utf-8")
     return path
+
+
+def outcome(data: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """A report's data with another first outcome."""
+    first, *others = data["outcomes"]
+    return {**data, "outcomes": [{**first, **fields}, *others]}
+
+
+def within(data: dict[str, Any], name: str, **fields: Any) -> dict[str, Any]:
+    return {**data, name: {**data[name], **fields}}
 
 
 # Writing and reading
@@ -87,8 +100,34 @@ def test_a_report_says_nothing_of_who_made_it(report: Report) -> None:
             lambda d: json.dumps(d).replace('"level"', '"id": "x", "level"'),
             "the key 'id' is there twice",
         ),
+        (lambda d: {**d, "seconds": -1}, "seconds = -1 must not be below 0"),
+        (lambda d: outcome(d, seconds=-0.5), "seconds = -0.5 must not be below 0"),
+        (
+            lambda d: outcome(d, seconds=10**400),
+            "0... is too large a number",
+        ),
+        (lambda d: outcome(d, inputs="sixteen letters "), "the digest 'sixteen letters ' must be"),
+        (lambda d: outcome(d, backend="a,b"), "the name 'a,b' must be a backend's: letters, "),
+        (lambda d: within(d, "suite", hash="x"), "the suite 'x' must be 16 hexadecimal digits"),
+        (lambda d: within(d, "suite", cases=-1), "cases = -1 must not be below 0"),
+        (lambda d: within(d, "machine", threads=-4), "threads = -4 must not be below 0"),
+        (
+            lambda d: {**d, "git": {"commit": "main", "dirty": False}},
+            "the commit 'main' must be one of git",
+        ),
+        (lambda d: {**d, "started": "today"}, "started = 'today' must be an ISO 8601 time"),
+        (lambda d: {**d, "started": "2026-01-01T00:00:00"}, "must be an ISO 8601 time with its zo"),
+        (
+            lambda d: {**d, "refused": {"\n": "x"}},
+            'a key of it.refused is "\\n", with the character',
+        ),
+        (lambda d: {**d, "broken": ["a\nb"]}, 'it.broken[0] is "a\\nb", with the character U+000A'),
+        (
+            lambda d: within(d, "suite", selection={**d["suite"]["selection"], "seed_offset": -1}),
+            "the seed offset -1 must be of 0 to 999,999,999",
+        ),
     ],
-    ids=range(18),
+    ids=range(32),
 )
 def test_what_is_no_report_is_one_sentence(spoil: Any, reason: str, tmp_path: Path) -> None:
     short = whole(selection=Selection(["linear/f32/T1-*/value"]))
@@ -97,6 +136,22 @@ def test_what_is_no_report_is_one_sentence(spoil: Any, reason: str, tmp_path: Pa
     assert reason in str(error.value) and str(tmp_path / "r.json") in str(error.value)
     assert str(error.value).count("\n") == 0
     assert read(put(tmp_path / "r.json", short.data())) == short
+
+
+def test_what_is_written_can_be_read(tmp_path: Path) -> None:
+    """Whatever a backend and its exceptions say: the reader takes no line breaks."""
+    only = Selection([VALUE])
+    ugly = "raised \x1b[31mError\x1b[0m:\n  at\tline\u2028 1 \ud800"
+    given = judged(device=ugly, operations={"float32 infer": {"linear": f"default: {ugly}"}})
+    made = [Outcome(VALUE, "null", "failed", reason=ugly, inputs="0" * 16)]
+    result = Result(("null",), tuple(made), (given,), {"ascend": f"no chip\n{ugly}"}, only, (ugly,))
+    report_module.write(tmp_path, result, 1.7e9, 1.0)
+    found = read(tmp_path / "report.json")
+    plain = "raised [31mError [0m: at line 1"
+    assert found.outcomes[0].reason == found.backends[0].device == found.broken[0] == plain
+    assert found.refused == {"ascend": f"no chip {plain}"}
+    assert found.backends[0].operations == {"float32 infer": {"linear": f"default: {plain}"}}
+    assert "\x1b" not in (tmp_path / "report.html").read_text("utf-8")
 
 
 def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
@@ -284,17 +339,85 @@ def test_the_headline_says_what_it_is_said_of(report: Report) -> None:
     assert page.verdict(none, none.backends[0]).startswith("fails: nothing passed")
 
 
-def test_a_name_or_a_reason_is_no_markup() -> None:
-    evil = "</script><script>alert(1)</script>"
-    report = whole(
-        judged(f"x:{evil}", device=evil, source=evil),
-        selection=Selection(["linear/f32/T1-*"]),
+def test_what_was_cut_short_is_no_whole_run(report: Report) -> None:
+    total = report.suite.cases
+    for part in (
+        with_outcomes(report, report.outcomes[:-2]),  # the last case of both
+        with_outcomes(whole(), [o for o in whole().outcomes if o.id != VALUE]),
+        with_outcomes(
+            whole(), [o if o.id != VALUE else whole().outcomes[0] for o in whole().outcomes]
+        ),
+    ):
+        cut = replace(part, suite=replace(part.suite, cases=total - 1))
+        said = page.verdict(cut, cut.backends[0])
+        assert said.startswith("fails: ")
+        assert said.endswith(
+            f" of {total - 1:,} cases, INCOMPLETE: there are {total:,} cases of the suite"
+        )
+        html = page.render(cut)
+        assert "all cases of" not in html and f"all {total - 1:,} cases" not in html
+        assert html.count("INCOMPLETE") >= 3 and "passes: " not in html
+    selected = whole(selection=Selection(["linear/f32/T1-*/value"]))
+    cut = with_outcomes(selected, selected.outcomes[1:])
+    assert page.verdict(cut, cut.backends[0]).endswith(
+        " passed of 2 cases, INCOMPLETE: there are 3 cases that were selected "
+        "(filter linear/f32/T1-*/value)"
     )
-    report = changed(report, report.outcomes[0].id, outcome="failed", reason=evil)
-    report = changed(report, report.outcomes[1].id, outcome="skipped", reason=evil)
-    html = page.render(replace(report, refused={evil: evil}, broken=[evil]))
-    assert Reader(html).tags.count("script") == 2 and evil not in html
-    assert evil in data_of(html)["reasons"]
+
+
+EVIL = "\"'></script></style><script>alert(1)</script><img src=x onerror=alert(2)><!--"
+
+
+def test_no_text_is_markup() -> None:
+    """Every text of a report, wherever the page shows it; the names of cases, too."""
+    selection = Selection(["linear/f32/T1-*/value"])  # three cases
+    report = whole(
+        judged(
+            f"x:{EVIL}",
+            kind=EVIL,
+            device=EVIL,
+            source=EVIL,
+            level=EVIL,
+            claims=["core", EVIL],
+            dtypes=["float32", EVIL],
+            operations={f"{EVIL} infer": {EVIL: f"{EVIL}: {EVIL}"}},
+        ),
+        selection=selection,
+    )
+    words: tuple[Word, ...] = ("failed", "failed", "skipped")
+    report = with_outcomes(
+        report,
+        [replace(o, outcome=word, reason=EVIL, level=EVIL, inputs=EVIL)
+         for o, word in zip(report.outcomes, words, strict=True)],
+    )  # fmt: skip
+    for place in range(5):  # in each part of a case's name
+        named = [part.split("/") for part in ("linear/f32/T1-I2-O2/scale1/value",) * 3]
+        for parts in named:
+            parts[place] = EVIL.replace("/", "")
+        renamed = [replace(o, id="/".join(parts), error=3.0, limit=1.0)
+                   for o, parts in zip(report.outcomes, named, strict=True)]  # fmt: skip
+        forged = replace(
+            with_outcomes(report, renamed),
+            suite=replace(report.suite, hash=EVIL),
+            versions={EVIL: EVIL},
+            git=provenance.Git(EVIL, True),
+            machine=provenance.Machine(EVIL, EVIL, 1),
+            started=EVIL,
+            refused={EVIL: EVIL},
+            broken=[EVIL],
+        )
+        html = page.render(forged)
+        seen = Reader(html)
+        assert seen.tags.count("script") == 2 and "img" not in seen.tags
+        assert EVIL not in html and "<!--" not in html
+        assert EVIL in data_of(html)["reasons"]
+
+
+def test_no_script_runs_but_the_page_s_own(report: Report) -> None:
+    html = page.render(report)
+    (own,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    digest = b64encode(sha256(own.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'\"" in html and own.strip().endswith("show();")
 
 
 def luminance(colour: str) -> float:

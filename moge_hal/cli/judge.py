@@ -1,6 +1,8 @@
 """Commands about backends: conformance, verify, matrix, new-backend."""
 
 import json
+import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -56,6 +58,8 @@ def conformance(
     from moge_hal.conformance import list_cases, run
 
     globs = filters or []
+    _together("--golden", golden, filters, profile, quick, seed_offset, deviations, report, as_json)
+    _together("--list", only_list, backend, golden, deviations, report, as_json)
     if golden:
         raise typer.Exit(_golden(backend, golden, simulate))
     if only_list:
@@ -64,23 +68,33 @@ def conformance(
         return
     if not 1 <= jobs <= 64:
         refuse("--jobs", jobs, "must be from 1 to 64")
-    result = run(
-        backend,
-        globs,
-        profile=profile,
-        quick=quick,
-        seed_offset=seed_offset,
-        simulate=simulate,
-        deviations=deviations,
-        report=report,
-        jobs=jobs,
-        echo=not as_json,
-    )
+    # Whatever a backend prints is no part of the JSON.
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        result = run(
+            backend,
+            globs,
+            profile=profile,
+            quick=quick,
+            seed_offset=seed_offset,
+            simulate=simulate,
+            deviations=deviations,
+            report=report,
+            jobs=jobs,
+            echo=not as_json,
+        )
     if as_json:
         print(json.dumps(result.data(), indent=2))
-    if report is not None:
-        note(f"{report / 'report.html'} shows it all; report.json and junit.xml lie beside it")
     raise typer.Exit(result.exit_code)
+
+
+def _together(name: str, given: object, *others: object) -> None:
+    if given and any(others):
+        said = (
+            "may stand with --backend and --simulate"
+            if name == "--golden"
+            else ("may stand with --filter, --profile, --quick and --seed-offset")
+        )
+        raise UserError(f"{name} {said}, and with nothing else: leave the others out")
 
 
 def _golden(backend: str | None, files: list[Path], simulate: bool) -> int:

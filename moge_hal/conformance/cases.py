@@ -7,7 +7,8 @@ in any order.
 A shape is sizes by letter (see `ops.py`; I and O are the input and output size of `linear`) and
 words:
 
-    strided  activations are every second element of a wider tensor
+    strided  what has an axis of tokens is every second element of a wider tensor
+    sliced   the same is the middle third of wider rows, as of a fused projection; heads come first
     offset   every tensor starts 3 elements into its storage
     nobias   `linear` without a bias
     noscale  `route` without router_scale
@@ -160,7 +161,7 @@ def parse(text: str) -> Case:
     _known(case.dtype_name, DTYPES, "dtype", text)
     _known(case.prop, PROPERTIES[case.op].split(), f"property of {case.op}", text)
     for word in case.words:
-        allowed = ["strided", "offset", *WORDS.get(case.op, "").split()]
+        allowed = ["strided", "sliced", "offset", *WORDS.get(case.op, "").split()]
         _known(word, allowed, f"word for a shape of {case.op}", text)
     _check_shape(case)
     _check_scale(case)

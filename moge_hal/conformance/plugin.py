@@ -4,8 +4,8 @@
 
 `moge-hal conformance` runs the same (`runner.py`). pytest loads this module wherever moge_hal is
 installed, so nothing heavy is imported before the suite is asked for. What a case came to travels
-as properties of pytest's own report: from a worker of pytest-xdist to the process that reports,
-and into junit.xml.
+as properties of pytest's own report, also from a worker of pytest-xdist to the process that
+reports.
 """
 
 from __future__ import annotations
@@ -44,16 +44,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     option("report", "a folder to write report.json, junit.xml and report.html into")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest's own reporter looks for its path
 def pytest_configure(config: pytest.Config) -> None:
-    folder = config.getoption("moge_report", None)
     if hasattr(config, "workerinput"):
         return  # a worker's reports go to the process that started it
-    if folder and not config.option.xmlpath:
-        config.option.xmlpath = str(Path(folder) / "junit.xml")
     # The mark of pytest-xdist, which need not be here.
     config.addinivalue_line("markers", "xdist_group: which worker a case goes to")
-    config.pluginmanager.register(Reporter(config), "moge_hal_reporter")
+    reporter = Reporter(config)
+    if config.getoption("moge_report"):
+        from moge_hal.errors import UserError
+
+        try:
+            reporter.folder = folder_for(config.getoption("moge_report"))
+        except UserError as error:
+            raise pytest.UsageError(str(error)) from None
+    config.pluginmanager.register(reporter, "moge_hal_reporter")
+
+
+def folder_for(path: str | Path) -> Path:
+    """The report's folder, made now: a long run must not end with a place that is no folder."""
+    from moge_hal.errors import UserError
+
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the report folder {path} cannot be made: {error.strerror}") from None
+    return Path(path).resolve()
 
 
 def session_of(config: pytest.Config) -> Session:
@@ -104,8 +119,11 @@ class Reporter:
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
+        self.folder: Path | None = None  # to write the report into
         self.outcomes: list[Outcome] = []
         self.not_collected: list[str] = []  # why; the suite itself is broken then
+        self.broken: list[str] = []  # what ended the run before its time
+        self.unwritten = ""  # why there is no report
         self.started = time.time()
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
@@ -122,26 +140,57 @@ class Reporter:
             from moge_hal.conformance.result import Outcome
 
             self.outcomes.append(Outcome(**found))
+        elif report.when == "???" and report.failed:  # so pytest-xdist says that a worker died
+            self._killed(report.nodeid)
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if not self.outcomes:
             return
-        result = self.result()
-        folder = self.config.getoption("moge_report")
-        if folder:
-            from moge_hal.conformance.reports.report import write
-
-            write(Path(folder), result, self.started, time.time() - self.started)
-        if result.exit_code and session.exitstatus == pytest.ExitCode.OK:
+        if self.result().exit_code and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if self.folder is not None:
+            self._write(self.folder)
+        if self.unwritten and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
+    def _killed(self, test: str) -> None:
+        """The process that judged a case died, and the run ends."""
+        for outcome in session_of(self.config).killed(test):
+            self.outcomes.append(outcome)
+            self.broken.append(
+                f"{outcome.id} killed its process on {outcome.backend}, and the run ends there"
+            )
+
+    def _write(self, folder: Path) -> None:
+        from moge_hal.conformance.reports import junit, report
+        from moge_hal.errors import UserError
+        from moge_hal.files import write_file
+
+        if not self.complete:
+            cases = f"{len(self.outcomes)} of {session_of(self.config).size} cases were judged"
+            self.unwritten = f"no report was written into {folder}: only {cases}"
+            return
+        result = self.result()
+        try:
+            report.write(folder, result, self.started, time.time() - self.started)
+            write_file(folder / "junit.xml", junit.render(result))
+        except UserError as error:
+            self.unwritten = f"the report could not be written: {error}"
+
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if self.outcomes:
-            terminalreporter.write_line("")
-            for line in self.result().report().splitlines():
-                terminalreporter.write_line(line)
+        if not self.outcomes:
+            return
+        where = f"report.html, report.json and junit.xml lie in {self.folder}"
+        last = self.unwritten or (where if self.folder else "")
+        for line in ["", *self.result().report().splitlines(), *([last] if last else [])]:
+            terminalreporter.write_line(line)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every case was judged on every backend."""
+        return len(self.outcomes) == session_of(self.config).size
 
     def result(self) -> Result:
         """What is known so far."""
-        return session_of(self.config).result(self.outcomes)
+        return session_of(self.config).result(self.outcomes, self.broken)

@@ -38,7 +38,9 @@ class Outcome:
         reason: str = "",
         **more: Any,
     ) -> "Outcome":
-        """With an infinite error, that of a NaN, said in words: JSON has no such number."""
+        """With an infinite error, that of a NaN, said in words: JSON has no such number. A reason
+        may be any exception's text: it becomes one line that no terminal obeys."""
+        reason = "".join(letter for letter in " ".join(reason.split()) if letter.isprintable())
         if error is not None and not math.isfinite(error):
             return Outcome(id, backend, outcome, None, limit, f"{reason}: it is not finite", **more)
         return Outcome(id, backend, outcome, error, limit, reason, **more)

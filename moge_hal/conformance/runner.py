@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moge_hal.conformance.plugin import SESSION, Reporter
+from moge_hal.conformance.plugin import SESSION, Reporter, folder_for
 from moge_hal.conformance.result import Result, Selection
 from moge_hal.conformance.selection import select
 from moge_hal.conformance.session import Options, Session, split
@@ -77,18 +77,21 @@ def run(
     else:
         args += ["-p", "no:terminal"]
     if report is not None:
-        args += ["--moge-report", str(_folder(Path(report)))]
+        args += ["--moge-report", str(folder_for(report))]
     if jobs > 1:
         args += ["-p", "xdist", "-n", str(jobs), "--dist", "loadgroup"]
+        args += ["--max-worker-restart", "0"]  # a new one confuses this way of sharing the work
         args += _as_arguments(held.session)
     with _environment():
         code = pytest.main([*args, str(_SUITE)], plugins=[held])
     if code == pytest.ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
     reporter = held.reporter
-    if reporter is None or len(reporter.outcomes) != held.session.size:
+    if reporter is None or not (reporter.complete or reporter.broken):
         why = "\n".join(["", *reporter.not_collected] if reporter else [])
         raise RuntimeError(f"pytest ended with {code!r} before it had judged every case{why}")
+    if reporter.unwritten and not reporter.broken:
+        raise UserError(reporter.unwritten)
     return reporter.result()
 
 
@@ -109,8 +112,6 @@ class _Held:
 def _selection(
     filters: str | Sequence[str], profile: str | None, quick: bool, seed_offset: int
 ) -> Selection:
-    if type(seed_offset) is not int or not 0 <= seed_offset < 10**9:
-        raise UserError(f"the seed offset {seed_offset!r} must be a whole number of at least 0")
     globs = [filters] if isinstance(filters, str) else list(filters)
     return Selection(globs, profile, quick, seed_offset)
 
@@ -126,15 +127,6 @@ def _as_arguments(session: Session) -> list[str]:
     args += ["--moge-simulate"] if options.simulate else []
     args += ["--moge-deviations", str(options.deviations)] if options.deviations else []
     return args
-
-
-def _folder(path: Path) -> Path:
-    """The report's folder, made now: a long run must not end with a place that is no folder."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the report folder {path} cannot be made: {error.strerror}") from None
-    return path.resolve()
 
 
 @contextmanager

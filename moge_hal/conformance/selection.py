@@ -17,7 +17,9 @@ from moge_hal.registry import PROFILES
 def select(selection: Selection) -> list[Case]:
     """The cases of a selection, in the order of the list; an id that is not in the list may be
     named in full. Raises `UserError` if there are none."""
-    profile = selection.profile
+    profile, offset = selection.profile, selection.seed_offset
+    if type(offset) is not int or not 0 <= offset < 10**9:
+        raise UserError(f"the seed offset {offset!r} must be a whole number below a billion")
     if profile is not None and profile not in PROFILES:
         near = close_matches(profile, PROFILES)
         raise UserError(f"no profile {profile!r}; there are {', '.join(PROFILES)}.{near}")
@@ -30,7 +32,7 @@ def select(selection: Selection) -> list[Case]:
         parts += [f"the profile {profile}"] if profile else []
         parts += ["the quick ones"] if selection.quick else []
         raise UserError(f"no case belongs to {' and '.join(parts)}: ask for less at once")
-    return [case.shifted(selection.seed_offset) for case in cases]
+    return [case.shifted(offset) for case in cases]
 
 
 def _matching(cases: list[Case], filters: Sequence[str]) -> list[Case]:
@@ -51,15 +53,14 @@ def _advice(pattern: str, cases: list[Case]) -> str:
     """What is wrong with a glob that matches nothing: the word in it that does not exist, or what
     looks like it."""
     fields = pattern.split("/")
-    known = {
-        0: ("operation", list(PROPERTIES)),
-        1: ("dtype", list(DTYPES)),
-        4: ("property", sorted({case.prop for case in cases})),
-    }
-    for at, (kind, names) in known.items():
-        word = fields[at] if at < len(fields) and len(fields) > 1 else ""
+    properties = sorted({case.prop for case in cases})
+    known = [(0, "operation", list(PROPERTIES))]
+    known += [(1, "dtype", list(DTYPES))] if len(fields) > 2 else []
+    known += [(-1, "property", properties)]
+    for at, kind, names in known if len(fields) > 1 else ():
+        word = fields[at]
         if word and not set(word) & set("*?[") and word not in names:
             return f": there is no {kind} {word!r}.{close_matches(word, names)}"
-    globs = [f"{op}/*" for op in PROPERTIES] + [f"*/{name}" for name in known[4][1]]
+    globs = [f"{op}/*" for op in PROPERTIES] + [f"*/{name}" for name in properties]
     close = close_matches(pattern, dict.fromkeys([*globs, *(case.id for case in cases)]))
     return f"; a filter is a glob on whole ids, such as 'experts/*'.{close}"

@@ -19,7 +19,14 @@ from moge_hal.conformance.selection import select
 from moge_hal.conformance.subject import Subject
 from moge_hal.conformance.verdict import Failure, Skip, Verdict
 from moge_hal.errors import UserError
-from moge_hal.registry import UnknownBackendError, find, get_backend, source_of
+from moge_hal.registry import (
+    TABLE_FOLLOWS,
+    UnknownBackendError,
+    find,
+    get_backend,
+    source_of,
+    table,
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,8 @@ class Session:
         )
         self.subjects, self.refused = subjects(options.backends, options.simulate)
         if not self.subjects:
-            raise UserError("\n".join(self.refused.values()) or _NONE_NAMED)
+            reasons = "\n".join(self.refused.values())
+            raise UserError(f"{reasons}\n{TABLE_FOLLOWS}\n{table()}" if reasons else _NONE_NAMED)
         self.deviations.check([subject.label for subject in self.subjects])
 
     def tests(self) -> list[Any]:
@@ -108,8 +116,27 @@ class Session:
             simulate=self.options.simulate,
         )
 
-    def result(self, outcomes: Iterable[Outcome]) -> Result:
-        """Of these outcomes, put into the order of the list, whichever worker was faster."""
+    def killed(self, test: str) -> list[Outcome]:
+        """The outcome of a case that took its process with it; test: pytest's name of it."""
+        return [
+            Outcome.of(
+                case.id,
+                subject.label,
+                "failed",
+                reason="the process that judged it died",
+                level=subject.level,
+                inputs=digest(case),
+                simulate=self.options.simulate,
+            )
+            for subject in self.subjects
+            for case in self.cases
+            if f"[{subject.label}:{case.id}]" in test
+        ]
+
+    def result(self, outcomes: Iterable[Outcome], broken: Iterable[str] = ()) -> Result:
+        """Of these outcomes, put into the order of the list, whichever worker was faster. broken:
+        what ended the run before its time.
+        """
         place = {case.id: i for i, case in enumerate(self.cases)}
         labels = [subject.label for subject in self.subjects]
         ordered = sorted(outcomes, key=lambda o: (place[o.id], labels.index(o.backend)))
@@ -119,7 +146,7 @@ class Session:
             tuple(_judged(subject) for subject in self.subjects),
             self.refused,
             self.options.selection,
-            tuple(self.deviations.unused(ordered)),
+            (*broken, *self.deviations.unused(ordered)),
         )
 
     @property
@@ -145,7 +172,7 @@ def subjects(
         except UnknownBackendError:
             raise
         except UserError as error:
-            refused[name or "auto"] = str(error)
+            refused[name or "auto"] = str(error).partition(f"\n{TABLE_FOLLOWS}")[0]
     return found, refused
 
 
@@ -167,7 +194,7 @@ def _word(
     if isinstance(verdict, Failure):
         return "failed", verdict.error, verdict.limit, verdict.reason, None
     last = traceback.extract_tb(verdict.__traceback__)[-1]
-    place = f"{last.filename}:{last.lineno}"
+    place = f"{Path(last.filename).name}:{last.lineno}"  # a report goes to others: no folders
     return "failed", None, None, f"raised {type(verdict).__name__}: {verdict} ({place})", None
 
 

@@ -198,4 +198,10 @@ def _place(value: Tensor, name: str, case: Case, device: torch.device) -> Tensor
     if "strided" in case.words and name in PER_TOKEN:
         wide = value.new_full((*value.shape[:-1], 2 * value.shape[-1]), blank, device=device)
         return wide[..., ::2].copy_(value)
+    if "sliced" in case.words and name in PER_TOKEN:
+        axes = (0, 2, 1, 3) if value.dim() == 4 else tuple(range(value.dim()))
+        outer = value.permute(axes)
+        size = outer.shape[-1]
+        wide = outer.new_full((*outer.shape[:-1], 3 * size), blank, device=device)
+        return wide[..., size : 2 * size].permute(axes).copy_(value)
     return value.to(device, copy=True)

@@ -90,7 +90,9 @@ def percent(margin: float) -> str:
 def _link(held: list[Outcome], text: str, hint: str) -> str:
     op, dtype, _, _, prop = held[0].id.split("/")
     which = f"{op}/{dtype}/*/{prop}"
-    return f'<a href="#cases" data-q="{which}" title="{escape(f"{which}: {hint}")}">{text}</a>'
+    return (
+        f'<a href="#cases" data-q="{escape(which)}" title="{escape(f"{which}: {hint}")}">{text}</a>'
+    )
 
 
 def by_shape(outcomes: Iterable[Outcome]) -> str:
@@ -107,7 +109,7 @@ def by_shape(outcomes: Iterable[Outcome]) -> str:
         scales = dict.fromkeys(scale for *_, scale in keys)
         across = [(d, s) for d in DTYPES for s in scales if any(k[2:] == (d, s) for k in keys)]
         heads = "".join(
-            f'<th scope="col">{dtype}<br><small>{scale.removeprefix("scale")}</small></th>'
+            f'<th scope="col">{dtype}<br><small>{escape(scale.removeprefix("scale"))}</small></th>'
             for dtype, scale in across
         )
         rows, before = [], ""
@@ -115,9 +117,8 @@ def by_shape(outcomes: Iterable[Outcome]) -> str:
             found = (worst.get((op, shape, dtype, scale)) for dtype, scale in across)
             tds = "".join("<td></td>" if margin is None else heat(margin) for margin in found)
             edge, before = (' class="edge"' if op != before else ""), op
-            rows.append(
-                f'<tr{edge}><th class="op" scope="row">{op} <small>{shape}</small></th>{tds}</tr>'
-            )
+            down = f'<th class="op" scope="row">{op} <small>{escape(shape)}</small></th>'
+            rows.append(f"<tr{edge}>{down}{tds}</tr>")
         if rows:
             head = f'<tr><th class="op" scope="col">{title}</th>{heads}</tr>'
             body = f"<thead>{head}</thead><tbody>{''.join(rows)}</tbody>"

@@ -7,8 +7,10 @@ table.
 import json
 import math
 import re
+from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Iterable
+from hashlib import sha256
 from html import escape
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from moge_hal.conformance.reports import grids
 from moge_hal.conformance.reports.grids import MARKS, WORST_FIRST
 from moge_hal.conformance.reports.report import Report, Reported
 from moge_hal.conformance.result import WORDS, Outcome, Selection, Word
+from moge_hal.conformance.selection import select
 
 LISTED = 10  # of the slowest, and of those next to their limits
 _SAID: dict[Word, str] = {
@@ -25,7 +28,8 @@ _SAID: dict[Word, str] = {
     "skipped": "skipped",
 }
 _HERE = Path(__file__).parent
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+# Our own script alone runs, whatever else may have come into the page.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{}'"
 
 
 def render(report: Report) -> str:
@@ -35,16 +39,16 @@ def render(report: Report) -> str:
         f'<a href="#b{i}">{_mark(_good(report, backend))} {escape(backend.name)}</a>'
         for i, backend in enumerate(report.backends)
     )
-    style, script = ((_HERE / f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    style, script = (f"\n{(_HERE / f'page.{kind}').read_text('utf-8')}" for kind in ("css", "js"))
+    policy = _POLICY.format(b64encode(sha256(script.encode()).digest()).decode())
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>Conformance of {escape(names)}</title>
-<style>
-{style}</style>
+<style>{style}</style>
 </head>
 <body>
 <nav aria-label="Parts of the report"><a href="#top">Overview</a>{links}\
@@ -55,8 +59,7 @@ def render(report: Report) -> str:
 {_all_cases(report)}
 </main>
 <script type="application/json" id="data">{_data(report)}</script>
-<script>
-{script}</script>
+<script>{script}</script>
 </body>
 </html>
 """
@@ -65,7 +68,7 @@ def render(report: Report) -> str:
 def verdict(report: Report, backend: Reported) -> str:
     """One line: whether it passed, and what that is said of."""
     found = backend.counts
-    where = _selected(report.suite.selection, sum(found.values()))
+    where = _selected(report.suite.selection, _judged(report, backend))
     parts = [f"{found[word]:,} {said}" for word, said in _SAID.items() if found[word]]
     if not found["passed"]:
         parts.insert(0, "nothing passed")
@@ -73,7 +76,19 @@ def verdict(report: Report, backend: Reported) -> str:
 
 
 def _good(report: Report, backend: Reported) -> bool:
-    return backend.counts["passed"] > 0 and not backend.counts["failed"] and not report.broken
+    counts, selection = backend.counts, report.suite.selection
+    whole = _judged(report, backend) == _expected(selection) == sum(counts.values())
+    return whole and counts["passed"] > 0 and not counts["failed"] and not report.broken
+
+
+def _judged(report: Report, backend: Reported) -> int:
+    """How many cases of the backend there are outcomes of."""
+    return len({outcome.id for outcome in report.of_backend(backend.name)})
+
+
+def _expected(selection: Selection) -> int:
+    """How many cases the selection has, whether they were judged or not."""
+    return len(select(selection))
 
 
 def _mark(good: bool) -> str:
@@ -87,13 +102,15 @@ def _name(backend: Reported) -> str:
 
 
 def _selected(selection: Selection, count: int) -> str:
-    if selection == Selection():
-        return f"all {count:,} cases of the suite"
+    """What so many cases are: all of a selection, or fewer than there should be."""
     words = ["quick"] if selection.quick else []
     words += [f"profile {selection.profile}"] if selection.profile else []
     words += [f"filter {glob}" for glob in selection.filters]
     words += [f"seed offset {selection.seed_offset}"] if selection.seed_offset else []
-    return f"{count:,} cases that were selected ({', '.join(words)})"
+    chosen = f" that were selected ({', '.join(words)})" if words else " of the suite"
+    if (expected := _expected(selection)) != count:
+        return f"{count:,} cases, INCOMPLETE: there are {expected:,} cases{chosen}"
+    return f"{count:,} cases{chosen}" if words else f"all {count:,} cases{chosen}"
 
 
 def _overview(report: Report) -> str:
@@ -212,8 +229,9 @@ def _faults(outcomes: Iterable[Outcome]) -> str:
         if worst.error is not None and worst.limit is not None:
             size = f'<div class="soft">error {worst.error:.2g}, limit {worst.limit:.2g}</div>'
         if len(failed) > 1:
-            which = f'data-q="{op}/*/{prop}" data-o="failed"'
-            rest = f'<a href="#cases" {which}>all {len(failed):,} of {op}/*/{prop}</a>'
+            which = escape(f"{op}/*/{prop}")
+            link = f'<a href="#cases" data-q="{which}" data-o="failed">'
+            rest = f"{link}all {len(failed):,} of {which}</a>"
         told.append(
             f'<div class="fault"><div class="line"><span class="id">{escape(worst.id)}</span>{rest}'
             f'</div><div class="why">{escape(worst.reason)}</div>{size}'

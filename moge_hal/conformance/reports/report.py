@@ -8,13 +8,15 @@ inputs, and what each of them came to.
 """
 
 import json
+import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from moge_hal.conformance.reports.form import build, load
+from moge_hal.conformance.reports.form import build, cleaned, load
 from moge_hal.conformance.reports.provenance import (
     Git,
     Machine,
@@ -67,7 +69,7 @@ class Report:
         """Of a run in this process. started: seconds since 1970; seconds: how long it took."""
         counts = {name: _counts(result.outcomes, name) for name in result.backends}
         moment = datetime.fromtimestamp(started, timezone.utc)
-        return Report(
+        report = Report(
             format=FORMAT,
             suite=Suite(suite_hash(), len({o.id for o in result.outcomes}), result.selection),
             versions=versions(),
@@ -80,6 +82,7 @@ class Report:
             broken=list(result.broken),
             outcomes=list(result.outcomes),
         )
+        return cleaned(report)  # an exception's message may have any number of lines
 
     def of_backend(self, name: str) -> list[Outcome]:
         """The outcomes of one backend, in their order."""
@@ -131,11 +134,49 @@ def read(path: str | Path) -> Report:
         if type(found) is int and found != FORMAT:
             raise UserError(f"it is of format {found}, and this moge_hal reads format {FORMAT}")
         report = build(Report, value, "it")
-        names = [backend.name for backend in report.backends]
-        for name in names:
-            if names.count(name) > 1:
-                raise UserError(f"the backend {name!r} is in it twice")
+        for fault in _unlike(report):
+            raise UserError(fault)
     except UserError as error:
         advice = "give a report.json as `moge-hal conformance --report` wrote it"
         raise UserError(f"{path} is no report: {error}; {advice}") from None
     return report
+
+
+# A name as a shell, a table and a list with commas take it; what else stands in a report is either
+# a text that is shown as such, or looks like one of these.
+_NAME = r"[A-Za-z_][A-Za-z0-9_.:-]*"
+_DIGEST = "[0-9a-f]{16}"
+
+
+def _unlike(report: Report) -> Iterator[str]:
+    """What the types of the fields do not say."""
+    names = [backend.name for backend in report.backends]
+    for name in dict.fromkeys([*names, *report.refused, *(o.backend for o in report.outcomes)]):
+        if not re.fullmatch(_NAME, name):
+            yield f"the name {name!r} must be a backend's: letters, digits and . : _ - alone"
+    for name in names:
+        if names.count(name) > 1:
+            yield f"the backend {name!r} is in it twice"
+    if not re.fullmatch(_DIGEST, report.suite.hash):
+        yield f"the suite {report.suite.hash!r} must be 16 hexadecimal digits"
+    if report.git and not re.fullmatch("[0-9a-f]{40,64}", report.git.commit):
+        yield f"the commit {report.git.commit!r} must be one of git"
+    try:
+        aware = datetime.fromisoformat(report.started).tzinfo
+    except ValueError:
+        aware = None
+    if aware is None:
+        yield f"started = {report.started!r} must be an ISO 8601 time with its zone"
+    if not 0 <= report.suite.selection.seed_offset < 10**9:
+        yield f"the seed offset {report.suite.selection.seed_offset} must be of 0 to 999,999,999"
+    for name, number in (
+        ("seconds", min([report.seconds, *(o.seconds for o in report.outcomes)])),
+        ("cases", report.suite.cases),
+        ("threads", report.machine.threads),
+        ("counts", min([0, *(n for b in report.backends for n in b.counts.values())])),
+    ):
+        if number < 0:
+            yield f"{name} = {number} must not be below 0"
+    for outcome in report.outcomes:
+        if outcome.inputs and not re.fullmatch(_DIGEST, outcome.inputs):
+            yield f"the digest {outcome.inputs!r} must be 16 hexadecimal digits"
