@@ -137,6 +137,9 @@ def _held_to_its_word(kind: type[Backend], op: str) -> Callable[..., Any]:
     def call(self: Backend, *args: Any, **kwargs: Any) -> Any:
         try:
             return getattr(super(kind, self), op)(*args, **kwargs)
+        except SystemExit as error:
+            fault = f"backend {_path(kind.__bases__[0])}: {op} asked for the end of the program"
+            raise UserError(f"{fault} ({error!r})") from error
         except NotImplementedError as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(

@@ -91,6 +91,11 @@ def backends() -> list[BackendInfo]:
     return [_inspect(name, points) for name, points in sorted(_entry_points().items())]
 
 
+def installed() -> list[str]:
+    """The names of all backends that are installed, whether they can run or not."""
+    return sorted(_entry_points())
+
+
 def table(rows: list[BackendInfo] | None = None) -> str:
     """The table that the doctor command, the error messages and the README show."""
     rows = backends() if rows is None else rows
@@ -140,11 +145,12 @@ def find(name: str | None = None) -> Backend:
 
 
 def source_of(backend: Backend) -> str:
-    """The distribution that a backend comes from, or its import path if it is not installed."""
+    """The distribution that a backend comes from, with its version, or its import path if it is not
+    installed."""
     kind = _path(type(backend))
     for point in _entry_points().get(backend.name, []):
         if point.dist and _path(_import(point)) == kind:
-            return point.dist.name
+            return f"{point.dist.name} {point.dist.version}"
     return kind
 
 
@@ -175,6 +181,8 @@ def check(backend: Backend) -> str | None:
         if claim not in PROFILES:
             near = close_matches(str(claim), PROFILES)
             return f"it claims {claim!r}; the profiles are {', '.join(PROFILES)}.{near}"
+    if claims.count("core") != 1 or len(set(claims)) != len(claims):
+        return f"its claims = {claims!r} must hold 'core', and each profile once"
     return None
 
 

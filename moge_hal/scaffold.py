@@ -20,6 +20,7 @@ _FILES = {  # in the new folder -> in `template/`
     "README.md": "README.md.in",
     "deviations.toml": "deviations.toml.in",
     "moge_hal_chip_name/__init__.py": "backend.py.in",
+    "moge_hal_chip_name/py.typed": "py.typed.in",
     "pyproject.toml": "pyproject.toml.in",
     "tests/test_conformance.py": "test_conformance.py.in",
 }
@@ -43,7 +44,7 @@ def new_backend(name: str, into: str | Path = ".") -> Path:
         return spelt[found[0]]
 
     target = Path(into) / f"moge-hal-{name}"
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise UserError(f"{target} exists already: choose another name, or another place")
     with new_folder(target) as folder:
         for path, template in _FILES.items():

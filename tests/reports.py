@@ -3,25 +3,28 @@
 Their numbers are made up; `true` puts those in that a draw will look at.
 """
 
+import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from moge_hal.backend import Backend
 from moge_hal.conformance.cases import Case
 from moge_hal.conformance.digest import digest
-from moge_hal.conformance.reports.report import Report, Reported
+from moge_hal.conformance.reports.report import Report, Reported, Suite
 from moge_hal.conformance.reports.verify import draw_of
 from moge_hal.conformance.result import WORDS, Judged, Outcome, Result, Selection
 from moge_hal.conformance.runner import run
 from moge_hal.conformance.selection import select
+from moge_hal.ops import NAMES
 
 NULL = "moge_hal.backends.null:NullBackend"
 
 
 def judged(name: str = "null", **more: Any) -> Judged:
     """The backend that passes everything that it claims, under any name."""
-    given = {
+    given: dict[str, Any] = {
         "kind": NULL,
         "source": "moge-hal",
         "device": "CPU, plain torch",
@@ -29,9 +32,12 @@ def judged(name: str = "null", **more: Any) -> Judged:
         "claims": ["core", "train"],
         "dtypes": [str(dtype).removeprefix("torch.") for dtype in Backend.dtypes],
         "graph": False,
-        "operations": {"float32 infer": {"linear": "default: null does not override it"}},
+        **more,
     }
-    return Judged(name=name, **{**given, **more})
+    modes = ("infer",) if given["graph"] else ("infer", "train")
+    table = dict.fromkeys(NAMES, "default: null does not override it")
+    operations = {f"{dtype} {mode}": table for dtype in given["dtypes"] for mode in modes}
+    return Judged(name=name, **{"operations": operations, **given})
 
 
 def outcome(case: Case, backend: Judged, **more: Any) -> Outcome:
@@ -87,3 +93,21 @@ def changed(report: Report, id: str, **fields: Any) -> Report:
 def _counts(outcomes: list[Outcome], name: str) -> dict[str, int]:
     found = Counter(o.outcome for o in outcomes if o.backend == name)
     return {word: found[word] for word in WORDS}
+
+
+def put(folder: Path, report: Report) -> Path:
+    """As a file in the folder."""
+    path = folder / "report.json"
+    path.write_text(json.dumps(report.data()), "utf-8")
+    return path
+
+
+def backend(report: Report, **fields: Any) -> Report:
+    """The report with another description of its (only) backend."""
+    (only,) = report.backends
+    return replace(report, backends=[Reported(**{**vars(only), **fields})])
+
+
+def suite(report: Report, **fields: Any) -> Report:
+    """The report with another description of the suite."""
+    return replace(report, suite=Suite(**{**vars(report.suite), **fields}))

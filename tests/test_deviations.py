@@ -193,3 +193,10 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes("# é".encode("latin-1"))
     with pytest.raises(UserError, match=r"latin.toml is not UTF-8"):
         Deviations.read(tmp_path / "latin.toml")
+
+
+def test_a_misspelt_backend_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "known.toml"
+    file.write_text('[[deviation]]\ncase = "linear/*"\nbackend = "nul"\nreason = "old"\n')
+    with pytest.raises(UserError, match=r"deviation 1: there is no backend 'nul'\. Did you mean"):
+        Deviations.read(file).check(["null"])

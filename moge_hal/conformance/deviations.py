@@ -21,6 +21,7 @@ from typing import Any
 from moge_hal.conformance.result import Outcome, Selection
 from moge_hal.conformance.selection import select
 from moge_hal.errors import UserError, close_matches
+from moge_hal.registry import installed
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -80,12 +81,15 @@ class Deviations:
 
     def check(self, backends: Sequence[str]) -> None:
         """Before a run of these backends: raises `UserError` for an entry that matches no case of
-        the list, or that could mean any one of several backends.
+        the list or misspells a backend, or that could mean any one of several.
         """
         for entry in self.entries:
             if entry.backend is None and len(backends) > 1:
                 names = " or ".join(f'backend = "{name}"' for name in backends)
                 raise UserError(f"{entry.place} must say whose it is: add {names}")
+            near = close_matches(entry.backend or "", backends)
+            if near and entry.backend not in {*backends, *installed()}:
+                raise UserError(f"{entry.place}: there is no backend {entry.backend!r}.{near}")
             try:
                 select(Selection(filters=[entry.case]))
             except UserError as error:

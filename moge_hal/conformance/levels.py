@@ -20,12 +20,12 @@ from moge_hal.errors import UserError
 from moge_hal.registry import LEVELS
 
 
-def level_of(backend: Backend) -> str:
-    """real, simulated or emulated. Makes one number on the device.
+def level_of(backend: Backend, probe: Probe | None = None) -> str:
+    """real, simulated or emulated. Makes one number on the device. probe: if it was asked already.
 
     Raises `UserError` for a word that is none of them.
     """
-    level = backend.probe().level
+    level = (probe or backend.probe()).level
     if level not in LEVELS:
         who, known = type(backend), ", ".join(LEVELS)
         raise UserError(

@@ -31,7 +31,7 @@ def select(selection: Selection) -> list[Case]:
         parts = [f"the filters {', '.join(selection.filters)}"] if selection.filters else []
         parts += [f"the profile {profile}"] if profile else []
         parts += ["the quick ones"] if selection.quick else []
-        raise UserError(f"no case belongs to {' and '.join(parts)}: ask for less at once")
+        raise UserError(f"no case belongs to {' and '.join(parts)}: leave one of these out")
     return [case.shifted(offset) for case in cases]
 
 

@@ -212,7 +212,7 @@ def _judged(subject: Subject) -> Judged:
         name=subject.label,
         kind=f"{kind.__module__}:{kind.__qualname__}",
         source=source_of(backend),
-        device=backend.probe().device,
+        device=subject.probe.device,
         level=subject.level,
         claims=list(backend.claims),
         dtypes=[str(dtype).removeprefix("torch.") for dtype in backend.dtypes],

@@ -72,7 +72,8 @@ class Subject:
     def __init__(self, backend: Backend, label: str | None = None) -> None:
         self.backend = backend
         self.label = label or backend.name
-        self.level = level_of(backend)  # what its results ran on
+        self.probe = backend.probe()  # asked once: it may be slow
+        self.level = level_of(backend, self.probe)  # what its results ran on
         # A `why_not` that raises is found out here, not in every case.
         tiny = PRESETS["tiny"]
         bind_operations(backend, tiny.sizes, tiny.route, backend.dtypes[0], "infer")

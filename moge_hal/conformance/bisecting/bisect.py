@@ -39,7 +39,7 @@ from moge_hal.conformance.levels import level_of
 from moge_hal.conformance.listing import every_case
 from moge_hal.conformance.properties.scenes import Scene
 from moge_hal.conformance.subject import Subject
-from moge_hal.conformance.verdict import Skip
+from moge_hal.conformance.verdict import Failure, Skip
 from moge_hal.conformance.weights import model_weights
 from moge_hal.errors import UserError
 from moge_hal.files import write_file
@@ -115,6 +115,8 @@ def bisect(
     if dtype is None:
         able = ", ".join(str(kind).removeprefix("torch.") for kind in backend.dtypes)
         raise UserError(f"backend {label!r} computes in {able} only, which has no limits")
+    if out is not None and (Path(out).is_dir() or not Path(out).absolute().parent.is_dir()):
+        raise UserError(f"{out} cannot be written: it must be a file in a folder that exists")
     level = level_of(backend)
     counts: dict[str, int] = {}
     for played in _models(model, prompt, dtype):
@@ -135,7 +137,7 @@ def bisect(
         scenes, fault = again or failed
         answer = locate(bench, backend, scenes, observe) if again else _UNSTEADY
         observe("a case that shows it")
-        search = Search(backend, label, dtype, None if out is None else Path(out))
+        search = Search(backend, label, dtype, None if out is None else Path(out), fault)
         asked = ["bisect", "--backend", label]
         asked += [] if model is None else ["--model", str(model)]
         asked += [] if prompt is None else ["--prompt", prompt]
@@ -209,6 +211,7 @@ class Search:
     label: str
     dtype: torch.dtype
     out: Path | None
+    fault: Exception  # of the whole model
 
     def find(self, answer: Answer, played: Played, scene: Scene) -> tuple[str, str | None] | None:
         """The command that shows it, and the file that it needs; None: nothing alone does.
@@ -242,8 +245,9 @@ class Search:
             judge(subject, case)
         except Skip:
             return False
-        except Exception:  # a backend may raise anything, and it is a failure, too
-            return True
+        except Exception as error:  # a backend may raise anything, and it is a failure, too
+            # The same kind of failure, that is: a wrong number is not shown by a crash.
+            return isinstance(error, Failure) == isinstance(self.fault, Failure)
         return False
 
     def _save(self, suspect: Suspect, out: Path, whose: str) -> bool:

@@ -12,6 +12,7 @@ from moge_hal.conformance.reports.provenance import suite_hash
 from moge_hal.conformance.reports.report import Report, Reported
 from moge_hal.conformance.result import WORDS, Outcome, Selection
 from moge_hal.conformance.selection import select
+from moge_hal.ops import NAMES
 from moge_hal.registry import LEVELS, PROFILES
 
 
@@ -115,6 +116,12 @@ def _claims(report: Report, backend: Reported) -> Iterator[str]:
         for word in words:
             if word not in known:
                 yield f"{backend.name}: there is no {kind} {word!r}"
+    modes = ("infer",) if backend.graph else ("infer", "train")
+    wanted = [f"{dtype} {mode}" for dtype in backend.dtypes for mode in modes]
+    if missing := [mode for mode in wanted if set(backend.operations.get(mode, {})) != set(NAMES)]:
+        yield f"{backend.name}: it does not say who serves each operation in {_some(missing)}"
+    if more := [mode for mode in backend.operations if mode not in wanted]:
+        yield f"{backend.name}: it says who serves operations in {_some(more)}, which it has not"
     for package, (name, wrong, said) in _NEEDS.items():
         number = report.versions.get(name)
         lacks = number is None if wrong is None else (number or "").endswith(wrong)
