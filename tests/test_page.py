@@ -1,4 +1,4 @@
-"""The page that shows a report: it is whole, it says what the report says, and no text is markup."""
+"""The page that shows a report: it says what the report says, and no text of it is markup."""
 
 import json
 import re

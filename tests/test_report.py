@@ -12,14 +12,13 @@ import pytest
 from reports import judged, whole
 
 from moge_hal.conformance import run
-from moge_hal.conformance.reports import page, provenance
+from moge_hal.conformance.reports import provenance
 from moge_hal.conformance.reports import report as report_module
 from moge_hal.conformance.reports.report import Report, document, read
 from moge_hal.conformance.result import Outcome, Result, Selection
 from moge_hal.errors import UserError
 
 VALUE = "linear/f32/T17-I40-O56/scale1/value"
-PAGE = Path(page.__file__)
 
 
 @pytest.fixture(scope="module")

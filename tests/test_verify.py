@@ -1,4 +1,4 @@
-"""Reports of others: what is incomplete, contradictory or untrue is found, and nothing else."""
+"""Reports of others that are run again: what is untrue is found, and nothing else."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from reports import NULL, judged, outcome, true, whole, with_outcomes
+from reports import NULL, backend, judged, outcome, put, suite, true, whole, with_outcomes
 from torch import Tensor
 
 from moge_hal.backend import Backend
@@ -17,9 +17,6 @@ from moge_hal.conformance.result import Judged, Selection
 from moge_hal.conformance.selection import select
 from moge_hal.errors import UserError
 from moge_hal.registry import find
-
-VALUE = "linear/f32/T17-I40-O56/scale1/value"
-BITWISE = "linear/f32/T17-I40-O56/scale1/bitwise"
 
 
 class Wrong(Backend):

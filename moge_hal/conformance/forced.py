@@ -2,9 +2,8 @@
 
 A model is judged in two parts, since one near-tie in a router flips an expert and then every number
 behind it, in a model that is right. (a) The float64 oracle is FORCED to the backend's routes, and
-the logits of every position stay within the limit: 2 p + u + (4 + sqrt(n)/2) 2^-23 as for an
-operation, p from plain torch in the model's dtype on the same routes, and in float32 never more
-than 2e-5. (b) Every route
+the logits of every position stay within the limit of a whole model (`limits.py`), p from plain
+torch in the model's dtype on the same routes; in float32 never more than 2e-5. (b) Every route
 is k experts of every group, and the oracle's router logit of each is within m of the k-th best of
 its group; m = twice what the same rule allows for the router's logits, for they are off on both
 sides of a comparison.
@@ -116,7 +115,9 @@ class Oracle:
         self._check_routes(got, real, router, [peer[1] for peer in peers])
         judged = real & got.shown
         p = max(worst_row(peer[0][real], logits[real]) for peer in peers)
-        allowed = min(limit(p, self.dtype, n), CAP.get(self.dtype, math.inf))
+        factor = 3.0 if self.dtype == torch.float32 else 2.0
+        rule = limit(p, self.dtype, n, factor, config.num_hidden_layers)
+        allowed = min(rule, CAP.get(self.dtype, math.inf))
         error = worst_row(got.logits[judged], logits[judged])
         if error > allowed:
             raise Failure("logits are wrong at the worst position", error, allowed)
@@ -146,7 +147,7 @@ class Oracle:
             here = logits[real.flatten()]
             p = max(worst_row(peer[layer][real.flatten()], here) for peer in by_peer)
             # A router's logits are float32 in every dtype; what they are made of is not.
-            off = limit(p, self.dtype, config.hidden_size) * here.abs().amax(-1)
+            off = limit(p, self.dtype, config.hidden_size, layers=layer + 1) * here.abs().amax(-1)
             grouped = here.view(len(here), groups, -1)
             best = grouped.topk(each, -1).values[..., -1].repeat_interleave(each, 1)
             gap = (best - here.gather(1, got.routes[layer][real].long())).amax(-1)

@@ -62,10 +62,14 @@ def train_step(subject: Subject, case: Case) -> Verdict:
     wanted, want = follow(Follow(), torch.float64)
     peers = [follow(peer, case.dtype) for peer in (Follow(), FollowPermuted(case.key))]
     n = max(*config.sizes.values(), BATCH * LENGTH)
-    verdicts = [_judge("the loss", loss, wanted, [peer[0] for peer in peers], case.dtype, n)]
+
+    def judge(what: str, got: Tensor, want: Tensor, by_peer: list[Tensor]) -> Verdict:
+        return _judge(what, got, want, by_peer, case.dtype, n, config.num_hidden_layers)
+
+    verdicts = [judge("the loss", loss, wanted, [peer[0] for peer in peers])]
     for name, must in want.items():
-        what = f"the gradient of {name}"
-        verdicts.append(_judge(what, got[name], must, [p[1][name] for p in peers], case.dtype, n))
+        by_peer = [gradients[name] for _, gradients in peers]
+        verdicts.append(judge(f"the gradient of {name}", got[name], must, by_peer))
     return worst(verdicts)
 
 
@@ -94,7 +98,13 @@ def _gradients(model: Model, loss: Tensor) -> dict[str, Tensor]:
 
 
 def _judge(
-    what: str, got: Tensor, want: Tensor, peers: list[Tensor], dtype: torch.dtype, n: int
+    what: str,
+    got: Tensor,
+    want: Tensor,
+    peers: list[Tensor],
+    dtype: torch.dtype,
+    n: int,
+    layers: int,
 ) -> Verdict:
     """As for the gradients of an operation, but a number is compared as such."""
 
@@ -105,7 +115,7 @@ def _judge(
     # In low precision a gradient that nearly cancels, such as that of a key's bias, is a matter of
     # luck: right models came to 1.8 times what 3 p allows, 3 in 120.
     factor = 3.0 if dtype == torch.float32 else 6.0
-    allowed = limit(max(error(peer) for peer in peers), dtype, n, factor)
+    allowed = limit(max(error(peer) for peer in peers), dtype, n, factor, layers)
     off = error(got)
     if off > allowed:
         raise Failure(f"{what} is wrong", off, allowed)
