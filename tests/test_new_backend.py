@@ -26,6 +26,7 @@ FILES = {
     "README.md",
     "deviations.toml",
     "moge_hal_my_chip/__init__.py",
+    "moge_hal_my_chip/py.typed",
     "pyproject.toml",
     "tests/test_conformance.py",
 }

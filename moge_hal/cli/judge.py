@@ -13,7 +13,8 @@ from moge_hal.cli.app import JsonOption, app, example, note
 from moge_hal.errors import UserError, refuse
 
 JobsOption = Annotated[
-    int, typer.Option("--jobs", "-j", help="Processes to share the work; each takes its threads.")
+    int,
+    typer.Option("--jobs", "-j", help="Processes to share the work; pays where cases are slow."),
 ]
 
 

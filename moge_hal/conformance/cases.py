@@ -65,7 +65,7 @@ PROPERTIES = {
     "route": "route.valid route.ties route.close nan rows repeat gradients bitwise no-sync",
     "experts": f"{_COMMON} unselected expert-parallel",
     "model": "one-pass decode chunks last-only batch long ragged two-caches stale unwritten "
-    "cache-full dtype generate train-step bitwise no-sync",
+    "cache-full far dtype generate train-step bitwise no-sync",
 }
 # The profile of a property, which is what a backend claims; what is not named here is core.
 _PROFILE = {

@@ -109,7 +109,7 @@ _BY_HAND: list[tuple[type[Backend], str]] = [
     (rotary.RotaryPartial, f"{ROTARY}/value"),
     (rotary.RotaryGradientForwards, f"{ROTARY}/gradients"),
     (rotary.PositionLate, f"{MODEL}/decode"),
-    (rotary.AnglesInFloat32, "model/f32/shipped/trained/long"),
+    (rotary.AnglesInFloat32, "model/f32/tiny-seed0/random/far"),
     (rotary.AnglesInBfloat16, f"{MODEL}/long"),
     (rotary.RotaryInFours, "rotary/f32/B2-S7-H10-Hkv2-d10/scale1/value"),
     (routing.GlobalTopK, f"{ROUTE}/route.valid"),

@@ -32,6 +32,7 @@ from moge_hal.generate import tokens
 from moge_hal.runtime import Model
 
 EMITTED = 64  # tokens of a generated text
+FAR = 131072  # positions, the context of Pangu Pro MoE
 OTHER_DTYPES = (torch.bfloat16, torch.float16, torch.float64, torch.int8)
 
 Draw = Callable[[int, int], Text]  # rows, tokens -> random ids at positions 0, 1, ...
@@ -202,6 +203,30 @@ def _oracle(case: Case) -> Oracle:
     return Oracle(*model_weights(case), case.dtype)
 
 
+def far(subject: Subject, case: Case) -> Verdict:
+    """The last positions of a context of 131,072, behind the first ones.
+
+    Guards against: angles that are computed in float32 (position * frequency), which are off by
+    6e-5 at position 1,000 and by 8e-3 here; tables or positions that a shorter type cuts.
+    """
+    config, weights = model_weights(case)
+    config = replace(config, max_position_embeddings=FAR)
+    model = subject.model(f"{case.shape} far", config, weights, case.dtype)
+    text = Text(
+        integers(f"{case.id}/ids", 2, 33, low=0, high=config.vocab_size),
+        torch.stack([torch.arange(33), torch.arange(33)]),
+    )
+    text.positions[0, 16:] += FAR - 33
+    text.positions[1] += FAR - 33
+    return verdict(model, _far_oracle(replace(case, prop="")), Scene.of("far", text, [33]))
+
+
+@lru_cache(maxsize=2)
+def _far_oracle(case: Case) -> Oracle:
+    config, weights = model_weights(case)
+    return Oracle(replace(config, max_position_embeddings=FAR), weights, case.dtype)
+
+
 def generate(subject: Subject, case: Case) -> Verdict:
     """64 greedy tokens after two prompts of different lengths, by the loop that writes every text.
     The oracle is forced to the text: each token is the best one after those before it, within the
@@ -262,6 +287,7 @@ def dtype(subject: Subject, case: Case) -> Verdict:
 
 PROPERTIES: Mapping[str, Callable[[Subject, Case], Verdict]] = {
     **dict.fromkeys(SCENES, _played),
+    "far": far,
     "dtype": dtype,
     "generate": generate,
     "train-step": train_step,
