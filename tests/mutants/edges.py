@@ -120,6 +120,32 @@ class IgnoresStrides(Edge):
         return [read(a) if isinstance(a, Tensor) else a for a in args]
 
 
+class RowsByTheirElements(Edge):
+    """Takes a row to be as long as its elements reach: right for every second element of a row, and
+    wrong for a part of a wider one.
+    """
+
+    ops = tuple(op for op in ops.NAMES if op not in ("embed", "rotary", "attention"))
+
+    @staticmethod
+    def before(args: list[Any]) -> list[Any]:
+        x = args[0]
+        row, step = x.shape[-1] * x.stride(-1), x.stride(-1)
+        return [x.as_strided(x.shape, (row, step)), *args[1:]]
+
+
+class LastOfAFullBlock(Edge):
+    """Where the last block of 128 tokens is exactly full, its last token gets nothing."""
+
+    @staticmethod
+    def after(args: list[Any], part: Tensor, axis: int, call: int) -> Tensor:
+        count = part.shape[axis]
+        if not count or count % 128:
+            return part
+        kept = torch.arange(count) < count - 1
+        return part * kept.view(-1, *[1] * (part.dim() - axis - 1)).to(part.dtype)
+
+
 class IgnoresOffset(Edge):
     """Reads a view from where its storage begins."""
 
@@ -276,6 +302,8 @@ KINDS: tuple[type[Edge], ...] = (
     OneRow,
     ManyRows,
     IgnoresStrides,
+    RowsByTheirElements,
+    LastOfAFullBlock,
     IgnoresOffset,
     Widened,
     ThroughBfloat16,

@@ -19,6 +19,16 @@ class EpsilonOutside(Backend):
         return x / (root + eps) * ops.up(w)
 
 
+class SquaresInTheDtype(Backend):
+    """Squares that float16 cannot hold, of activations that a residual stream has."""
+
+    name = "squares-in-the-dtype"
+
+    def rms_norm(self, x: Tensor, w: Any, eps: float) -> Tensor:
+        mean = ops.up(x.square()).mean(-1, keepdim=True)
+        return (ops.up(x) * torch.rsqrt(mean + eps) * ops.up(w)).to(x.dtype)
+
+
 class EpsilonOfAnother(Backend):
     """1e-6, as other models have it, instead of the epsilon that is given."""
 
