@@ -114,7 +114,13 @@ class GroupedExperts(Weights):
         self.shared_expert = SharedExpert(gate_up=(2 * shared, hidden), down=(hidden, shared))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self.backend.router_logits(x, self.gate.weight)
+        if self.training:
+            # Training may run under autocast, which narrows products; the router's stay float32,
+            # whatever a backend makes of them.
+            with torch.autocast(x.device.type, enabled=False):
+                logits = self.backend.router_logits(x, self.gate.weight)
+        else:
+            logits = self.backend.router_logits(x, self.gate.weight)
         ids, weights = self.backend.route(logits, self.spec, self.router_scale)
         routed = self.backend.experts(x, self.experts.gate_up, self.experts.down, ids, weights)
         shared = self.backend.swiglu_ffn(x, self.shared_expert.gate_up, self.shared_expert.down)

@@ -315,3 +315,20 @@ def test_initial_weights() -> None:
                 std /= math.sqrt(2 * TINY.num_hidden_layers)
             assert not torch.equal(w, other[name]), name
             assert w.std().item() == pytest.approx(std, rel=5 / math.sqrt(w.numel())), name
+
+
+def test_the_router_is_float32_under_autocast_whatever_a_backend_does() -> None:
+    class Plain(Backend):
+        """Does not guard its product."""
+
+        name = "plain"
+
+        def router_logits(self, x: Tensor, w: Any) -> Tensor:
+            return torch.nn.functional.linear(x.float(), w.float())
+
+    ids, positions = torch.arange(12)[None], torch.arange(12)[None]
+    model = bind(TINY, initial_weights(TINY, 1), Plain(), "train", dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.run_step(ids, positions, None).router_logits
+    assert logits is not None and logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())

@@ -115,7 +115,7 @@ class Oracle:
         self._check_routes(got, real, router, [peer[1] for peer in peers])
         judged = real & got.shown
         p = max(worst_row(peer[0][real], logits[real]) for peer in peers)
-        factor = 3.0 if self.dtype == torch.float32 else 2.0
+        factor = 3.0 if self.dtype == torch.float32 else 4.0
         rule = limit(p, self.dtype, n, factor, config.num_hidden_layers)
         allowed = min(rule, CAP.get(self.dtype, math.inf))
         error = worst_row(got.logits[judged], logits[judged])

@@ -151,8 +151,10 @@ def _large(case: Case) -> Args:
     sign = signs(f"{case.key}/signs", s["d"])
     sizes = 8.0 + 2.0 * order(f"{case.key}/order", s["S"])
     keys = (sizes[:, None, None] * sign).expand(s["B"], -1, s["Hkv"], -1)
+    rows = 1 - 2 * (torch.arange(s["B"]) % 2)  # in every second row the scores are negative
+    queries = 32 * rows[:, None, None, None] * sign.expand(s["B"], s["S"], s["H"], -1)
     return {
-        "q": (32 * sign).expand(s["B"], s["S"], s["H"], -1).to(case.dtype).contiguous(),
+        "q": queries.to(case.dtype),
         "k": keys.to(case.dtype).contiguous(),
         "v": _float(case, "v", s["B"], s["S"], s["Hkv"], s["d"], scale=case.scale),
         "cache": None,

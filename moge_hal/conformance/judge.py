@@ -48,7 +48,7 @@ def measure(case: Case, args: Args) -> list[Allowance]:
     """The allowance of each output for these inputs, from plain torch as written, permuted and, in
     low precision, rounded elsewhere."""
     peers: list[Backend] = [Backend(), Permuted(case.key)]
-    if case.dtype != torch.float32 and case.op in ("experts", "attention"):
+    if case.dtype != torch.float32 and case.op in ("experts", "attention", "swiglu_ffn"):
         peers.append(Elsewhere())
     answers = [run(peer, case.op, args) for peer in peers]
     if case.op == "route":  # each peer's weights are judged for its own ids

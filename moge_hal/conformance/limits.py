@@ -25,8 +25,10 @@ A sigmoid needs no such term, since nothing is subtracted from its argument.
 
 In a whole model of L layers every block adds its own error, and they add up like steps in random
 directions: sqrt(2 L + 1) times the float32 steps, for an attention and a feed-forward a layer and
-what is around them. In float32 3 p instead of 2 p, too: cpu's kernels for AVX2 were 4.1 p off at
-the end of 1,024 tokens, where those for AVX-512, on the same weights, were 1.8 p.
+what is around them. And p is a matter of luck there: in float32 3 p instead of 2 p, since cpu's
+kernels for AVX2 were 4.1 p off at the end of 1,024 tokens, where those for AVX-512, on the same
+weights, were 1.8 p; in low precision 4 p, since models that round at other places than the peers (a
+norm before its weight, a bias after its product) came to 2.4 p.
 
 Why this rule. A limit for each row of 2 p and 4 units in the last place, tried first, failed a
 sequential float32 sum of 5,120 terms at 3.4 times the limit, since a blocked sum is far better than

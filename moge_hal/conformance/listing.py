@@ -71,6 +71,7 @@ SHAPES = {
         "B3-S7-H6-Hkv2-d8-sliced",
         "B3-S7-H6-Hkv2-d8-offset",
         "B2-S7-H10-Hkv2-d10",
+        "B1-S7-H15-Hkv5-d160",
         "B19-S1-H6-Hkv2-d8",
     ],
     "attention": [
@@ -81,6 +82,7 @@ SHAPES = {
         "B3-S7-H6-Hkv2-d8-sliced",
         "B3-S7-H6-Hkv2-d8-offset",
         "B2-S7-H10-Hkv2-d10",
+        "B1-S7-H15-Hkv5-d160",
         "B19-S1-H6-Hkv2-d8",
         "B1-S300-H2-Hkv1-d128",
         *[f"B1-S{length}-H2-Hkv1-d8" for length in MANY],
@@ -115,6 +117,8 @@ SHAPES = {
         "T17-E24-G1-K4-sigmoid",
         "T17-E24-G1-K4-renorm",
         "T7-E256-G8-K16",
+        "T7-E96-G2-K10",
+        "T7-E24-G1-K1-noscale",
         "T17-E15-G3-K6-strided",
         "T17-E15-G3-K6-sliced",
         "T17-E15-G3-K6-offset",
@@ -131,6 +135,7 @@ SHAPES = {
         "T7-D40-F20-E6-G3-K3",
         "T7-D37-F19-E6-G3-K3",
         "T7-D8-F8-E160-G8-K16",
+        "T7-D8-F160-E6-G3-K3",
         "T7-D5120-F8-E6-G3-K3",
     ],
 }
@@ -143,7 +148,10 @@ OTHER_SHAPES = {
     ],
     ("route", "route.ties"): [
         "T17-E15-G3-K6",
-        "T17-E24-G4-K4",
+        "T1-E24-G4-K4",
+        "T64-E24-G4-K4",
+        "T17-E24-G1-K4-noscale",
+        "T64-E20-G4-K8-limit2",
         "T17-E4-G4-K4",
         "T17-E64-G8-K8",
     ],
@@ -168,11 +176,12 @@ SPECIAL = {
 }
 for _op, _shapes in SHAPES.items():
     # A decode step has one token a row; what is recorded of it is another kernel than of many.
-    OTHER_SHAPES[_op, "no-sync"] = [_shapes[0], _shapes[2]]
+    OTHER_SHAPES[_op, "no-sync"] = [_shapes[0], _shapes[2], _shapes[5]]
     # 531 tokens: a sum over tokens may end at a block's.
-    OTHER_SHAPES[_op, "gradients"] = [_shapes[0], *(s for s in _shapes if "531" in s)]
+    _others = [s for s in _shapes if "531" in s or "strided" in s or "sliced" in s]
+    OTHER_SHAPES[_op, "gradients"] = [_shapes[0], *_others]
     # 64 tokens: kernels change at 8, 16 and 32 rows.
-    OTHER_SHAPES[_op, "bitwise"] = [_shapes[0], _shapes[5]]
+    OTHER_SHAPES[_op, "bitwise"] = [_shapes[0], _shapes[5], *(s for s in _shapes if "531" in s)]
 
 OTHER_SHAPES["route", "gradients"] += ["T64-E20-G4-K8-limit2"]
 # Most experts are idle. In float32 only: the gradient of one token's weights is too few numbers for
@@ -203,7 +212,8 @@ def _operations() -> Iterator[Case]:
                 for scale in SCALES:
                     yield Case(op, dtype, shape, scale, value)
             if op in SPECIAL:
-                yield Case(op, dtype, *SPECIAL[op].split("/"), value)
+                special, scale = SPECIAL[op].split("/")
+                yield Case(op, dtype, special, scale, value)
             for prop in others:
                 for shape in OTHER_SHAPES.get((op, prop), shapes[:1]):
                     yield Case(op, dtype, shape, "scale1", prop)

@@ -69,13 +69,17 @@ class Permuted(Backend):
 
 class Elsewhere(Backend):
     """The specification with its roundings to a low precision at other places that are as good: a
-    token's weight multiplies what goes into the down projection, and keys are divided by sqrt(d).
-    Without a cache only.
+    token's weight multiplies what goes into the down projection, silu is a product of two numbers,
+    and keys are divided by sqrt(d). Without a cache only.
 
     As written and permuted, plain torch rounds the very same numbers, so both may be lucky alike.
     """
 
     name = "elsewhere"
+
+    def swiglu_ffn(self, x: Tensor, gate_up: Any, down: Any) -> Tensor:
+        gate, up = F.linear(x, gate_up).chunk(2, -1)
+        return F.linear(gate * gate.sigmoid() * up, down)
 
     def experts(
         self, x: Tensor, gate_up: Any, down: Any, ids: Tensor, weights: Tensor, first: int = 0

@@ -140,7 +140,7 @@ class Reporter:
             from moge_hal.conformance.result import Outcome
 
             self.outcomes.append(Outcome(**found))
-        elif report.when == "???" and report.failed:  # so pytest-xdist says that a worker died
+        elif str(report.when) == "???" and report.failed:  # so xdist says that a worker died
             self._killed(report.nodeid)
 
     @pytest.hookimpl(trylast=True)

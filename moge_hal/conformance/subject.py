@@ -117,7 +117,7 @@ class Subject:
         overridden = getattr(type(self.backend), case.op) is not getattr(Backend, case.op)
         if self.backend.graph and overridden and case.op not in own:
             raise Skip(f"{case.op}: {bound.choices[case.op].reason}")
-        placed = {n: _place(v, n, case, device) for n, v in args.items() if isinstance(v, Tensor)}
+        placed = {n: place(v, n, case, device) for n, v in args.items() if isinstance(v, Tensor)}
         before = {name: value.clone() for name, value in placed.items()}
         given = {name: placed.get(name, v) for name, v in args.items() if _varies(name, v)}
         for name, value in placed.items():
@@ -190,7 +190,7 @@ def _varies(name: str, value: object) -> bool:
     return isinstance(value, Tensor) or (name == "cache" and value is not None)
 
 
-def _place(value: Tensor, name: str, case: Case, device: torch.device) -> Tensor:
+def place(value: Tensor, name: str, case: Case, device: torch.device) -> Tensor:
     """A copy on the device, laid out as the shape's words say, with NaN where nobody may read."""
     blank = float("nan") if value.is_floating_point() else 0
     if "offset" in case.words:

@@ -9,7 +9,7 @@ from moge_hal.conformance.inputs import Args, draw, normal
 from moge_hal.conformance.judge import worst
 from moge_hal.conformance.limits import limit, worst_row
 from moge_hal.conformance.oracle import Permuted, run, widen
-from moge_hal.conformance.subject import Subject
+from moge_hal.conformance.subject import Subject, place
 from moge_hal.conformance.verdict import Failure, Skip, Verdict
 
 # Tables and coordinates, of which nobody takes a gradient, and a bias for the selection alone.
@@ -18,7 +18,8 @@ _SELECTS = {"route": ("bias",)}
 
 
 def gradients(subject: Subject, case: Case) -> Verdict:
-    """The gradient of every input, for a random gradient of the outputs, within 3 p.
+    """The gradient of every input, for a random gradient of the outputs, within 3 p; of experts
+    also on a rank that holds the last group alone.
 
     Guards against: a fused forward without a backward, or with a wrong one; weights or router
     logits detached, so that the router never learns; a backward that forgets what a broadcast
@@ -30,6 +31,15 @@ def gradients(subject: Subject, case: Case) -> Verdict:
     device = subject.backend.device()
     bound = subject.bound(case, training=True).backend
     args = draw(case)
+    verdicts = [_judge(bound, case, args, device)]
+    if case.op == "experts":
+        first = case.sizes["E"] - case.sizes["E"] // case.sizes["G"]
+        held = {name: args[name][first:] for name in ("gate_up", "down")}
+        verdicts.append(_judge(bound, case, {**args, **held, "first": first}, device))
+    return worst(verdicts)
+
+
+def _judge(bound: Backend, case: Case, args: Args, device: torch.device) -> Verdict:
     got = _gradients(bound, case, args, device)
     want = _gradients(Backend(), case, widen(args))
     by_peer = [_gradients(peer, case, args) for peer in (Backend(), Permuted(case.key))]
@@ -54,9 +64,8 @@ def _gradients(
     backend: Backend, case: Case, args: Args, device: torch.device | None = None
 ) -> dict[str, Tensor]:
     """By argument, for a gradient of the outputs that is the same everywhere up to rounding."""
-    args = {
-        n: v.to(device=device, copy=True) if isinstance(v, Tensor) else v for n, v in args.items()
-    }
+    where = device or torch.device("cpu")
+    args = {n: place(v, n, case, where) if isinstance(v, Tensor) else v for n, v in args.items()}
     fixed = (*_FIXED, *_SELECTS.get(case.op, ()))
     wanted = {
         n: v.requires_grad_()

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from moge_hal.conformance.cases import Case
-from moge_hal.conformance.inputs import ACTIVATIONS, PER_TOKEN, Args, draw, integers, words
+from moge_hal.conformance.inputs import (
+    ACTIVATIONS,
+    PER_TOKEN,
+    Args,
+    draw,
+    integers,
+    signs,
+    words,
+)
 from moge_hal.conformance.judge import allowances, check, measure, worst
 from moge_hal.conformance.oracle import Outputs, exact
 from moge_hal.conformance.subject import Subject, same_bits
@@ -49,9 +57,13 @@ def route_ties(subject: Subject, case: Case) -> Verdict:
     """
     if case.op == "router_logits":
         return _duplicated_rows(subject, case)
-    few = integers(f"{case.key}/few", case.sizes["T"], case.sizes["E"], low=-1, high=2).float()
+    shape = case.sizes["T"], case.sizes["E"]
+    few = integers(f"{case.key}/few", *shape, low=-1, high=2).float()
+    few *= signs(f"{case.key}/few/sign", *shape).float()  # -0 equals 0
     few[0] = 0.0  # a row of padding
     args = {**draw(case), "logits": few}
+    if args["bias"] is not None:
+        args["bias"] = integers(f"{case.key}/few/bias", shape[1], low=-1, high=2).float() / 4
     got = subject.run(case, args)
     verdict = check(case, got, args, measure(case, args), "tied logits")
     has, must = got[0].cpu(), exact(case.op, args)[0]

@@ -153,7 +153,7 @@ def cache_full(draw: Draw, context: int) -> list[Scene]:
     that leaves half a step behind; padding that is written into the last slot.
     """
     text = draw(2, 12)
-    beyond = (Move(0, 8), Move(0, 4, refused=True), Move(0, 1))
+    beyond = (Move(0, 8), Move(0, 4, refused=True), Move(0, 1), Move(0, 1, refused=True))
     positions = torch.stack([(torch.arange(12) - 3).clamp_min(-1), torch.arange(12)])
     positions[1, 9:] = -1
     padded = Scene.of("cache-full", Text(text.ids, positions), [12], 9)
