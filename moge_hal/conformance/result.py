@@ -1,6 +1,7 @@
 """What came of a run: the table for a person, data for a machine, an exit code for the shell."""
 
 import math
+import shlex
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -59,7 +60,8 @@ class Outcome:
     def replay(self) -> str:
         """The command that runs this case alone."""
         simulate = " --simulate" if self.simulate else ""
-        return f"moge-hal conformance --backend {self.backend}{simulate} --filter '{self.id}'"
+        backend = shlex.quote(self.backend)
+        return f"moge-hal conformance --backend {backend}{simulate} --filter '{self.id}'"
 
 
 @dataclass(frozen=True)
