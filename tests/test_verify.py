@@ -157,7 +157,7 @@ def test_invented_numbers_are_found(
     found = verify(put(tmp_path, forged), draw=6, seed=1)
     assert found.exit_code == 1 and not found.told
     assert found.report().splitlines()[-1].startswith("REJECTED: ")
-    assert sum(reason in sentence for sentence in found.wrong) >= 2, found.wrong
+    assert sum(reason in sentence for sentence in found.wrong) >= 1, found.wrong
 
 
 def test_a_number_where_nothing_is_measured_is_found(tmp_path: Path) -> None:

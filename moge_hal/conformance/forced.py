@@ -3,7 +3,7 @@
 A model is judged in two parts, since one near-tie in a router flips an expert and then every number
 behind it, in a model that is right. (a) The float64 oracle is FORCED to the backend's routes, and
 the logits of every position stay within the limit of a whole model (`limits.py`), p from plain
-torch in the model's dtype on the same routes; in float32 never more than 2e-5. (b) Every route
+torch in the model's dtype on the same routes; in float32 never more than 4e-5. (b) Every route
 is k experts of every group, and the oracle's router logit of each is within m of the k-th best of
 its group; m = twice what the same rule allows for the router's logits, for they are off on both
 sides of a comparison.
@@ -25,7 +25,7 @@ from moge_hal.conformance.routing import check_structure
 from moge_hal.conformance.verdict import Failure, Verdict
 from moge_hal.runtime import Model
 
-CAP = {torch.float32: 2e-5}  # of a whole model, whatever p says
+CAP = {torch.float32: 4e-5}  # of a whole model, whatever p says
 
 
 @dataclass(frozen=True)

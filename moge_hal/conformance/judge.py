@@ -28,6 +28,10 @@ _REDUCED = {
 }
 
 
+# What `oracle.Elsewhere` computes otherwise.
+_ROUNDED_ELSEWHERE = ("rms_norm", "add_rms_norm", "attention", "swiglu_ffn", "experts")
+
+
 @dataclass(frozen=True)
 class Allowance:
     """What an output must be like: its dtype, how far off it may be, and in low precision how far
@@ -48,7 +52,7 @@ def measure(case: Case, args: Args) -> list[Allowance]:
     """The allowance of each output for these inputs, from plain torch as written, permuted and, in
     low precision, rounded elsewhere."""
     peers: list[Backend] = [Backend(), Permuted(case.key)]
-    if case.dtype != torch.float32 and case.op in ("experts", "attention", "swiglu_ffn"):
+    if case.dtype != torch.float32 and case.op in _ROUNDED_ELSEWHERE:
         peers.append(Elsewhere())
     answers = [run(peer, case.op, args) for peer in peers]
     if case.op == "route":  # each peer's weights are judged for its own ids

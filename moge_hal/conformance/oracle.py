@@ -70,12 +70,17 @@ class Permuted(Backend):
 class Elsewhere(Backend):
     """The specification with its roundings to a low precision at other places that are as good: a
     token's weight multiplies what goes into the down projection, silu is a product of two numbers,
-    and keys are divided by sqrt(d). Without a cache only.
+    a norm is rounded before its weight, and keys are divided by sqrt(d). Without a cache only.
 
     As written and permuted, plain torch rounds the very same numbers, so both may be lucky alike.
     """
 
     name = "elsewhere"
+
+    def rms_norm(self, x: Tensor, w: Any, eps: float) -> Tensor:
+        wide = ops.up(x)
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        return normed.to(x.dtype) * w
 
     def swiglu_ffn(self, x: Tensor, gate_up: Any, down: Any) -> Tensor:
         gate, up = F.linear(x, gate_up).chunk(2, -1)
