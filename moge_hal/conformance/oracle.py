@@ -80,7 +80,8 @@ class Elsewhere(Backend):
     def rms_norm(self, x: Tensor, w: Any, eps: float) -> Tensor:
         wide = ops.up(x)
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        return normed.to(x.dtype) * w
+        found: Tensor = normed.to(x.dtype) * w
+        return found
 
     def swiglu_ffn(self, x: Tensor, gate_up: Any, down: Any) -> Tensor:
         gate, up = F.linear(x, gate_up).chunk(2, -1)
